@@ -1,0 +1,207 @@
+"""Raw system calls that Python's ``os`` module lacks, and the copying of file data.
+
+Rule: the only module that calls into libc by ctypes. Everything takes descriptors and ``bytes`` names, never follows a
+symbolic link that it was not given as a descriptor, and reports failures as ``OSError``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import stat
+import struct
+from collections.abc import Iterator
+
+# <linux/openat2.h>
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_STRICT = RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
+"""Below the given directory only, through no symbolic link of any kind."""
+
+# <linux/fs.h>
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+FICLONE = 0x40049409
+
+# <sys/mount.h>
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+PATH_MAX = 4096
+"""Bytes of a path in one system call, the final NUL included (<linux/limits.h>)."""
+
+_NR_OPENAT2 = 437  # the same on every architecture since Linux 5.6
+_NR_RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "riscv64": 276, "ppc64le": 357, "s390x": 347}.get(platform.machine(), -1)
+_COPY_CHUNK = 128 << 20
+"""Bytes given to one copy_file_range call: long enough to be free of overhead, short enough to be interruptible."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _check(result: int, name: bytes = b"") -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), name)
+    return result
+
+
+def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: int = RESOLVE_STRICT) -> int:
+    """Open ``path`` below ``dir_fd`` under the ``RESOLVE_*`` rules (openat2(2), Linux 5.6); close-on-exec is always set.
+
+    Raises ``OSError``: ``ELOOP`` for a symbolic link on the way, ``EXDEV`` for an attempt to leave ``dir_fd``.
+    """
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    while True:
+        fd: int = _libc.syscall(_NR_OPENAT2, dir_fd, ctypes.c_char_p(path), ctypes.c_char_p(how), ctypes.c_size_t(24))
+        if fd >= 0 or ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN):  # EAGAIN: a rename raced, openat2(2)
+            return _check(fd, path)
+
+
+def renameat2(src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) -> None:
+    """rename(2) between two directories with ``RENAME_*`` flags."""
+    if not flags:
+        os.rename(src, dst, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
+        return
+    _check(
+        _libc.syscall(_NR_RENAMEAT2, src_fd, ctypes.c_char_p(src), dst_fd, ctypes.c_char_p(dst), ctypes.c_uint(flags)), dst
+    )
+
+
+def umount2(path: bytes, flags: int = 0) -> None:
+    """Unmount what is mounted at ``path`` (umount2(2))."""
+    _check(_libc.umount2(ctypes.c_char_p(path), flags), path)
+
+
+def syncfs(fd: int) -> None:
+    """Write everything of the file system that holds ``fd`` to the disk (syncfs(2))."""
+    _check(_libc.syncfs(fd))
+
+
+def ficlone(dst_fd: int, src_fd: int) -> None:
+    """Make ``dst_fd`` share all of ``src_fd``'s blocks (reflink); ``OSError`` where the file system can't."""
+    fcntl.ioctl(dst_fd, FICLONE, src_fd)
+
+
+def data_segments(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield ``(offset, length)`` of every stretch of data below ``size`` bytes; holes are left out."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole follows
+                return
+            if error.errno != errno.EINVAL:  # EINVAL: the file system doesn't know of holes
+                raise
+            yield end, size - end
+            return
+        if start >= size:
+            return
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, end - start
+
+
+def copy_data(src_fd: int, dst_fd: int, size: int) -> None:
+    """Make the empty file ``dst_fd`` equal to the first ``size`` bytes of ``src_fd``: reflink, else a copy with its holes kept.
+
+    Raises ``OSError``; ``EIO`` when the source turns out shorter than ``size``.
+    """
+    with contextlib.suppress(OSError):
+        ficlone(dst_fd, src_fd)
+        if os.fstat(dst_fd).st_size != size:
+            os.ftruncate(dst_fd, size)
+        return
+    os.ftruncate(dst_fd, size)
+    for offset, length in data_segments(src_fd, size):
+        _copy_range(src_fd, dst_fd, offset, length)
+
+
+def _copy_range(src_fd: int, dst_fd: int, offset: int, length: int) -> None:
+    end = offset + length
+    while offset < end:
+        want = min(end - offset, _COPY_CHUNK)
+        try:
+            done = os.copy_file_range(src_fd, dst_fd, want, offset, offset)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            done = os.pwrite(dst_fd, os.pread(src_fd, min(want, 1 << 20), offset), offset)
+        if not done:
+            raise OSError(errno.EIO, "the source file became shorter while it was copied")
+        offset += done
+
+
+def entry_path(dir_fd: int, name: bytes) -> bytes:
+    """A path to ``name`` in ``dir_fd`` for calls that take no descriptor of a directory (the ``*xattr`` family before Linux 6.13).
+
+    The last component is not followed by the ``l*`` calls; ``name`` must be one component.
+    """
+    return b"/proc/self/fd/%d/%s" % (dir_fd, name)
+
+
+def fd_path(fd: int) -> bytes:
+    """A path that means the file of ``fd``, also one opened with ``O_PATH`` or unlinked."""
+    return b"/proc/self/fd/%d" % fd
+
+
+def remove_tree(dir_fd: int, name: bytes) -> None:
+    """Remove ``name`` below ``dir_fd`` and, if it is a directory, all that is in it; no symbolic link is followed."""
+    try:
+        info = os.lstat(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(info.st_mode):
+        os.unlink(name, dir_fd=dir_fd)
+        return
+    # An explicit stack with one descriptor at a time keeps deep hostile trees from exhausting either.
+    fd = openat2(dir_fd, name, os.O_RDONLY | os.O_DIRECTORY)
+    path = [name]
+    try:
+        while path:
+            child = _empty_directory(fd)
+            if child is not None:
+                fd = _step(fd, child)
+                path.append(child)
+                continue
+            done = path.pop()
+            fd = _step(fd, b"..") if path else _replace(fd, os.dup(dir_fd))
+            os.rmdir(done, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _empty_directory(fd: int) -> bytes | None:
+    """Unlink everything in ``fd`` but directories; give the first directory that is in the way, or ``None`` when empty."""
+    with os.scandir(fd) as entries:
+        names = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
+    directories = [name for name, is_directory in names if is_directory]
+    for name, is_directory in names:
+        if not is_directory:
+            os.unlink(name, dir_fd=fd)
+    while directories:
+        try:
+            os.rmdir(directories[-1], dir_fd=fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return directories[-1]
+        directories.pop()
+    return None
+
+
+def _step(fd: int, name: bytes) -> int:
+    """Close ``fd`` and give the directory ``name`` (a child, or ``..``) below it."""
+    return _replace(fd, os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd))
+
+
+def _replace(old: int, new: int) -> int:
+    os.close(old)
+    return new
