@@ -1,0 +1,88 @@
+"""A container's ``conf``: lines of ``KEY="value"`` in the syntax of ve.conf, which a shell could source.
+
+Rule: whatever vzfs doesn't know, comments and order included, is written back as it was read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+from vzfs.errors import DamagedError, UsageError
+
+OSTEMPLATE = "OSTEMPLATE"
+TEMPLATES = "TEMPLATES"
+VE_ROOT = "VE_ROOT"
+NAME = "NAME"
+
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*?)\s*")
+_UNQUOTE = re.compile(r'\\([\\"$`])')
+
+
+class Conf:
+    """The settings of one container; ``get`` and ``set`` work on memory, ``save`` writes them."""
+
+    def __init__(self, path: Path, text: str = "") -> None:
+        self.path = path
+        self._lines = text.splitlines()
+
+    @staticmethod
+    def load(path: Path) -> Conf:
+        """Read the file at ``path``; raises ``DamagedError`` when it is no text, ``FileNotFoundError``."""
+        try:
+            return Conf(path, path.read_text(encoding="utf-8", errors="surrogateescape"))
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise DamagedError(f"{path} is not a configuration file", remedy="put the container's conf there") from error
+
+    def get(self, key: str, default: str = "") -> str:
+        """Value of ``key``, the last line that sets it winning."""
+        return self.as_dict().get(key, default)
+
+    def as_dict(self) -> dict[str, str]:
+        """All settings."""
+        pairs = (self._parse(line) for line in self._lines)
+        return dict(pair for pair in pairs if pair)
+
+    def set(self, key: str, value: str) -> None:
+        """Set ``key``, in its place if it is there. Raises ``UsageError`` for what a line can't hold."""
+        if not _KEY.fullmatch(key) or "\n" in value or "\0" in value:
+            raise UsageError(f"{key}={value!r} can't be a line of {self.path}", remedy="a value is one line of text")
+        escaped = re.sub(r'([\\"$`])', r"\\\1", value)
+        line = f'{key}="{escaped}"'
+        places = [number for number, old in enumerate(self._lines) if (self._parse(old) or ("",))[0] == key]
+        for number in places:
+            self._lines[number] = line
+        if not places:
+            self._lines.append(line)
+
+    def text(self) -> str:
+        """The file's content."""
+        return "".join(line + "\n" for line in self._lines)
+
+    def save(self) -> None:
+        """Write the file anew, in one step."""
+        staged = self.path.with_name(f".{self.path.name}-{secrets.token_hex(4)}")
+        try:
+            with open(staged, "x", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(self.text())
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(staged, self.path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+
+    @staticmethod
+    def _parse(line: str) -> tuple[str, str] | None:
+        match = _LINE.fullmatch(line)
+        if not match:
+            return None
+        value = match[2]
+        if len(value) >= 2 and value[0] == value[-1] == "'":
+            return match[1], value[1:-1]
+        if len(value) >= 2 and value[0] == value[-1] == '"':
+            value = value[1:-1]
+        return match[1], _UNQUOTE.sub(r"\1", value)

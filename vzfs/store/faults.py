@@ -1,0 +1,31 @@
+"""Fault points: places where a test can make the process die, to try every crash point of a change.
+
+Rule: costs one comparison when not armed, and it is armed only by ``VZFS_CRASH_AT`` in the serving process's environment:
+``NAME`` dies at the first step of that name, ``NAME:K`` at its K-th, ``*:K`` at the K-th step of any name.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+VARIABLE = "VZFS_CRASH_AT"
+
+
+class FaultPoints:
+    """Counts steps down to the one at which the process kills itself."""
+
+    def __init__(self, setting: str) -> None:
+        self._name, _, count = setting.partition(":")
+        self._left = int(count or 1) if self._name else 0
+
+    def step(self, name: str) -> None:
+        """Pass the step ``name``: die here with SIGKILL if it is the chosen one."""
+        if self._left and self._name in (name, "*"):
+            self._left -= 1
+            if not self._left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+step = FaultPoints(os.environ.get(VARIABLE, "")).step
+"""Pass a step of a change, by name (see ``FaultPoints.step``)."""

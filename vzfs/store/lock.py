@@ -1,0 +1,86 @@
+"""A container's ``lock``: held while it is mounted or changed from outside, by whichever path it was reached.
+
+Rule: the kernel's flock on the file is what counts, so a dead holder never blocks; the file's text only says who holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vzfs.errors import BusyError
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lock: a process, what it does, and what it serves; ``since`` in seconds since 1970."""
+
+    pid: int
+    doing: str
+    since: float
+    mountpoint: str | None = None
+    engine: str | None = None
+    read_only: bool = False
+
+
+class Lock:
+    """An acquired lock; released by ``release`` or by the end of the process."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @staticmethod
+    def acquire(container: Path, holder: Holder) -> Lock:
+        """Take the lock of the container at ``container`` or raise ``BusyError`` naming its holder."""
+        fd = os.open(container / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise BusyError(*_busy(container, read_holder(container))) from None
+        lock = Lock(fd)
+        lock.describe(holder)
+        return lock
+
+    def describe(self, holder: Holder) -> None:
+        """Write into the file who holds it."""
+        data = json.dumps(asdict(holder)).encode() + b"\n"
+        os.pwrite(self._fd, data, 0)
+        os.ftruncate(self._fd, len(data))
+
+    def fileno(self) -> int:
+        """The locked file's descriptor."""
+        return self._fd
+
+    def release(self) -> None:
+        """Empty the file and give the lock up."""
+        os.ftruncate(self._fd, 0)
+        os.close(self._fd)
+
+
+def _busy(container: Path, holder: Holder | None) -> tuple[str]:
+    if holder is None:
+        return (f"container {container} is in use",)
+    where = f" at {holder.mountpoint}" if holder.mountpoint else ""
+    return (f"container {container} is in use: process {holder.pid} {holder.doing} it{where}",)
+
+
+def read_holder(container: Path) -> Holder | None:
+    """Who holds the container's lock now, or ``None``."""
+    try:
+        fd = os.open(container / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        with contextlib.suppress(ValueError, TypeError):
+            return Holder(**json.loads(os.pread(fd, 65536, 0)))
+        return Holder(0, "holds", 0.0)
+    finally:
+        os.close(fd)
