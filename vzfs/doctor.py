@@ -249,11 +249,11 @@ def _module(name: str, minimum: str) -> Finding:
 def nearest_directory(path: Path) -> Path:
     """``path`` or the nearest parent of it that exists and is a directory."""
     path = Path(os.path.abspath(path))
-    return next(place for place in [path, *path.parents] if place.is_dir())
+    return next(place for place in [path, *path.parents] if os.path.isdir(place))
 
 
 def _store(root: Path) -> Iterator[Finding]:
-    if os.path.lexists(root) and not root.is_dir():
+    if os.path.lexists(root) and not os.path.isdir(root):
         yield Finding("store", "missing", f"{root} is not a directory", "give another --root, or move that file away")
         return
     place = nearest_directory(root)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
@@ -28,6 +29,9 @@ class Program(Group):
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(error.exit_code)
+        except OutputClosedError:
+            _throw_output_away()
+            sys.exit(EXIT_BROKEN_PIPE)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
             if wants_traceback(given) and not isinstance(error, click.ClickException | click.Abort):
                 sys.excepthook(type(error), error, error.__traceback__)
@@ -36,13 +40,35 @@ class Program(Group):
             sys.exit(failure.exit_code)
         sys.exit(outcome if isinstance(outcome, int) else 0)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _noticing_closed_output():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _noticing_closed_output():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            # What was not written yet is thrown away, or the interpreter complains about it at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(EXIT_BROKEN_PIPE)
+
+
+class OutputClosedError(Exception):
+    """Nobody reads standard output any more, as in ``vzfs diff 101 | head``."""
+
+
+@contextmanager
+def _noticing_closed_output() -> Iterator[None]:
+    """click takes a BrokenPipeError for exit code 1, which ``check`` has another use for."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise OutputClosedError from error
+
+
+def _throw_output_away() -> None:
+    """What is still in the buffer must go somewhere, or the interpreter complains at its end."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a real file
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _version() -> str:

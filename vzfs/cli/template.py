@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import click
 
@@ -18,6 +19,9 @@ from vzfs.cli.failure import EXIT_PROBLEMS
 from vzfs.cli.progress import progress_bar
 from vzfs.cli.show import moment, plain, print_fields, print_json, print_table, printable, size
 from vzfs.errors import UsageError
+
+DEBOOTSTRAP_DEFAULT = "base"
+"""Given as --variant: what debootstrap makes without one."""
 
 
 @click.group(
@@ -35,7 +39,7 @@ def template() -> None:
     examples=[
         ("vzfs template create debian-12 --from debootstrap:bookworm", "download and install Debian 12"),
         (
-            "vzfs template create web --from debootstrap:bookworm --variant minbase --include nginx,openssl",
+            "vzfs template create web --from debootstrap:bookworm --include nginx,openssl",
             "with more packages",
         ),
         ("vzfs template create alma-9 --from /srv/roots/alma-9", "copy a directory"),
@@ -53,7 +57,11 @@ def template() -> None:
     "or debootstrap:SUITE.",
 )
 @click.option("--mirror", metavar="URL", help="Where debootstrap downloads from.")
-@click.option("--variant", metavar="NAME", help="debootstrap's variant, for example minbase.")
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="debootstrap's variant: minbase (the default), buildd, …, or base for its own default.",
+)
 @click.option(
     "--include", metavar="PACKAGE[,PACKAGE]", multiple=True, help="Packages debootstrap adds; may be repeated."
 )
@@ -84,7 +92,9 @@ def create(
             remedy="leave them out, or use --from debootstrap:SUITE",
         )
     packages = tuple(package for group in include for package in group.split(",") if package)
-    options = SourceOptions(mirror=mirror, variant=variant, include=packages, allow_devices=not no_devices)
+    options = SourceOptions(mirror=mirror, include=packages, allow_devices=not no_devices)
+    if variant:
+        options = replace(options, variant=None if variant == DEBOOTSTRAP_DEFAULT else variant)
     with progress_bar() as progress:
         made = open_store(ctx).create_template(name, source, options, progress)
     info = made.info()
