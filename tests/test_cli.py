@@ -1,6 +1,6 @@
 """The command line: help, errors, exit codes and output forms, on a store made of values.
 
-What needs a real store and real mounts is in the second half, through the installed program's own entry.
+The program on a real store, with real mounts, is in test_cli_program.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pty
 import re
 import shlex
 import subprocess
@@ -88,11 +87,7 @@ class FakeContainer:
 
     @property
     def conf(self) -> dict[str, str]:
-        class Settings(dict[str, str]):
-            def get(self, key: str, default: str = "") -> str:  # type: ignore[override]
-                return super().get(key, default)
-
-        return Settings(NAME="web" if self.alias == "101" else "")
+        return {"NAME": "web" if self.alias == "101" else ""}
 
     def status(self) -> FakeStatus:
         where = f"/store/root/{self.alias}" if self.is_mounted else None
@@ -608,92 +603,3 @@ def test_template_remove(store: FakeStore) -> None:
     assert run("template", "remove", "debian-12").stdout == "template debian-12 removed\n"
     store.tpls[0].failure = BusyError("template debian-12 is used by 101", remedy="destroy them first")
     run("template", "remove", "debian-12", code=5)
-
-
-# The program itself
-
-
-def vzfs(*args: str, root: Path | None = None, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """``python -m vzfs`` in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    environment.pop("VZFS_DEBUG", None)
-    before = ["--root", str(root)] if root else []
-    command = [sys.executable, "-m", "vzfs", *before, *args]
-    done = subprocess.run(
-        command,
-        env=environment,
-        text=True,
-        errors="surrogateescape",
-        capture_output=True,
-        timeout=60,
-        check=False,
-        **options,
-    )
-    assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def imported(*args: str) -> set[str]:
-    """Top-level modules that a command loads."""
-    program = "import sys, atexit; atexit.register(lambda: print('\\n'.join(sys.modules), file=sys.stderr));"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{program} from vzfs.cli import main; main({list(args)!r})"],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        text=True,
-        check=False,
-        capture_output=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return {line.split(".")[0] for line in done.stderr.splitlines()}
-
-
-HEAVY = {"rich", "trio", "pyfuse3", "xattr", "zstandard", "asyncio"}
-
-
-@pytest.mark.parametrize("args", [["--help"], ["mount", "--help"], ["completion", "zsh"]], ids=" ".join)
-def test_starting_loads_nothing_heavy(args: list[str]) -> None:
-    assert imported(*args) & HEAVY == set()
-
-
-def test_the_program_exits_2_on_usage_errors_and_0_on_help() -> None:
-    assert "Examples:" in vzfs("--help").stdout
-    assert "No such command" in vzfs("launch", code=2).stderr
-
-
-def test_output_that_the_terminal_cannot_encode_is_escaped() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from vzfs.cli import main; main(['Zürich-東京'])"],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONIOENCODING": "latin-1"},
-        encoding="latin-1",
-        check=False,
-        capture_output=True,
-    )
-    assert done.returncode == 2
-    assert "No such command 'Zürich-\\u6771\\u4eac'" in done.stderr
-
-
-def on_terminal(*args: str, answer: str = "") -> tuple[int, str]:
-    """Run ``python -m vzfs`` with a terminal for everything: the exit code and what the terminal showed."""
-    main, side = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vzfs", *args],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "TERM": "xterm", "COLUMNS": "120"},
-        stdin=side,
-        stdout=side,
-        stderr=side,
-    )
-    os.close(side)
-    os.write(main, answer.encode())
-    shown = b""
-    while True:
-        try:
-            part = os.read(main, 4096)
-        except OSError:  # EIO: the last writer is gone
-            break
-        if not part:
-            break
-        shown += part
-    os.close(main)
-    return process.wait(timeout=60), shown.decode(errors="replace")
