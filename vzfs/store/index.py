@@ -356,7 +356,7 @@ class Index:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self._file = os.fspath(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < HEADER_SIZE:
@@ -411,7 +411,7 @@ class Index:
         self.meta = Meta(about["name"], about["source"], ino_base, created_ns, data_size)
 
     def _damaged(self, why: str) -> DamagedError:
-        return DamagedError(f"{self.path} can't be used: {why}", remedy="create the template again from its source")
+        return DamagedError(f"{self._file} can't be used: {why}", remedy="create the template again from its source")
 
     @property
     def size(self) -> int:

@@ -9,10 +9,15 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vzfs.errors import BusyError
+from vzfs.store.layout import LOCK
+
+PROBE_TRIES = 10
+"""Attempts at a lock that seems held by nobody: ``read_holder`` takes it for an instant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +41,21 @@ class Lock:
     @staticmethod
     def acquire(container: Path, holder: Holder) -> Lock:
         """Take the lock of the container at ``container`` or raise ``BusyError`` naming its holder."""
-        fd = os.open(container / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise BusyError(*_busy(container, read_holder(container))) from None
-        lock = Lock(fd)
-        lock.describe(holder)
-        return lock
+        fd = os.open(container / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        for _ in range(PROBE_TRIES):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                other = read_holder(container)
+                if other is not None:
+                    break
+                time.sleep(0.01)  # somebody was only asking who holds it
+            else:
+                lock = Lock(fd)
+                lock.describe(holder)
+                return lock
+        os.close(fd)
+        raise BusyError(_busy(container, other), remedy="umount it or wait until that process is done")
 
     def describe(self, holder: Holder) -> None:
         """Write into the file who holds it."""
@@ -62,17 +73,17 @@ class Lock:
         os.close(self._fd)
 
 
-def _busy(container: Path, holder: Holder | None) -> tuple[str]:
+def _busy(container: Path, holder: Holder | None) -> str:
     if holder is None:
-        return (f"container {container} is in use",)
+        return f"container {container} is in use"
     where = f" at {holder.mountpoint}" if holder.mountpoint else ""
-    return (f"container {container} is in use: process {holder.pid} {holder.doing} it{where}",)
+    return f"container {container} is in use: process {holder.pid} {holder.doing} it{where}"
 
 
 def read_holder(container: Path) -> Holder | None:
     """Who holds the container's lock now, or ``None``."""
     try:
-        fd = os.open(container / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(container / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:

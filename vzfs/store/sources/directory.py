@@ -1,7 +1,8 @@
 """A directory as the source of a template: a copy like ``cp -ax``, every attribute kept to the nanosecond.
 
 Rule: the source is only read, beneath its own descriptor and through no symbolic link; a file that changes meanwhile is
-an error, not a mixture. A directory on which something else is mounted is copied empty. Reading sets no access times.
+an error, not a mixture. A directory on which something else is mounted is copied empty. Access times of the source stay
+as they are, but for those of symbolic links, which can't be read without.
 """
 
 from __future__ import annotations

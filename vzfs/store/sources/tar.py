@@ -405,12 +405,12 @@ class TarReader:
         while len(lines) < wanted:
             *whole, rest = (rest + self._data(_BLOCK)).split(b"\n")
             lines += whole
-            if len(rest) > 20 or (lines and not _DECIMAL.fullmatch(lines[0])):
-                raise refused(self._name, "malformed map of its holes")
             if lines:
-                wanted = 1 + 2 * int(lines[0])
+                wanted = 1 + 2 * self._numbers(lines[:1])[0]
                 if wanted > 2 * MAX_SEGMENTS:
                     raise refused(self._name, "a map of too many holes")
+            if len(lines) < wanted and len(rest) > 20:
+                raise refused(self._name, "malformed map of its holes")
         return self._numbers(lines[1:wanted])
 
     def _checked_map(self, size: int, numbers: list[int]) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,223 @@
+"""Containers on disk: made from a template in a few links, found by number, name or path, destroyed.
+
+Rule: a container is one directory that means the same wherever it lies; it appears by one rename and disappears by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import stat
+import time
+from pathlib import Path
+
+from vzfs.errors import ExistsError, FullError, NotFoundError, UsageError
+from vzfs.store import sys
+from vzfs.store.conf import NAME, OSTEMPLATE, TEMPLATES, VE_ROOT, Conf
+from vzfs.store.layout import CONF, COW, DUMP, LOCK, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
+from vzfs.store.lock import Holder, Lock
+from vzfs.store.opened import OpenTemplate
+
+CtId = int | str | os.PathLike[str]
+"""What names a container: its number, its path (anything with a ``/``), or the ``NAME`` in its conf."""
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,9}")
+_WORK_PREFIXES = (".new-", ".old-")
+
+
+def container_path(layout: Layout, ct: CtId) -> Path:
+    """Where the container ``ct`` lies or would lie; a ``NAME`` is looked up. Raises ``NotFoundError``, ``UsageError``."""
+    text = os.fspath(ct) if not isinstance(ct, int) else str(ct)
+    if "/" in text:
+        return Path(os.path.abspath(text))
+    if _NUMBER.fullmatch(text):
+        return layout.containers / text
+    if not text or text.isdigit() or text.startswith((".", "-")):
+        raise UsageError(f"{text!r} can't name a container", remedy="give a number such as 101, a path, or a NAME")
+    for path in container_paths(layout):
+        with contextlib.suppress(FileNotFoundError):
+            if path.name == text or Conf.load(path / CONF).get(NAME) == text:
+                return path
+    raise NotFoundError(f"no container in {layout.root} has the NAME {text!r}", remedy="vzfs list shows them all")
+
+
+def existing_container(layout: Layout, ct: CtId) -> Path:
+    """Where the container ``ct`` lies. Raises ``NotFoundError`` when nothing there is a container."""
+    path = container_path(layout, ct)
+    if not (path / CONF).is_file() or not (path / PRIVATE_AREA).is_dir():
+        raise NotFoundError(
+            f"there is no container at {path}", remedy=f"make it with: vzfs create {ct} --template NAME; vzfs list shows all"
+        )
+    return path
+
+
+def container_paths(layout: Layout) -> list[Path]:
+    """The containers in the store's own folder, numbers first and in their order."""
+    try:
+        names = os.listdir(layout.containers)
+    except FileNotFoundError:
+        return []
+    found = [layout.containers / name for name in names if not name.startswith(_WORK_PREFIXES)]
+    return sorted(
+        (path for path in found if (path / CONF).is_file()),
+        key=lambda path: (not path.name.isdecimal(), int(path.name) if path.name.isdecimal() else 0, path.name),
+    )
+
+
+def create_container(
+    layout: Layout, ct: CtId, template: str, *, name: str | None = None, mountpoint: str | os.PathLike[str] | None = None
+) -> Path:
+    """Make the container ``ct`` from ``template``; ``name`` and ``mountpoint`` go into its conf.
+
+    Raises ``ExistsError``, ``NotFoundError`` (no such template), ``UsageError``, ``FullError``.
+    """
+    path = _free_path(layout, ct)
+    if name is not None:
+        _check_name(layout, name)
+    layout.make()
+    opened = OpenTemplate(layout, template)
+    staged = path.with_name(f".new-{path.name}-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.mkdir(mode=OWN_FOLDER_MODE)
+        _fill(staged, opened, name, mountpoint)
+        _appear(staged, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FullError(f"no space left for container {path}", remedy="free some space there") from error
+        raise
+    finally:
+        _remove(staged)
+        opened.close()
+    remember_user(layout, template, path)
+    return path
+
+
+def _free_path(layout: Layout, ct: CtId) -> Path:
+    text = str(ct) if isinstance(ct, int) else os.fspath(ct)
+    if "/" not in text and not _NUMBER.fullmatch(text):
+        raise UsageError(f"{text!r} can't be a new container", remedy="give a number such as 101, or a path; --name gives it a name")
+    path = container_path(layout, ct)
+    if os.path.lexists(path):
+        raise ExistsError(f"{path} exists already", remedy=f"choose another, or remove it with: vzfs destroy {text}")
+    return path
+
+
+def _check_name(layout: Layout, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name) or name.isdecimal():
+        raise UsageError(f"{name!r} can't be a container's NAME", remedy="use letters, digits, '_', '.' and '-', not only digits")
+    with contextlib.suppress(NotFoundError):
+        raise ExistsError(f"{container_path(layout, name)} has the NAME {name!r} already", remedy="choose another")
+
+
+def _fill(folder: Path, template: OpenTemplate, name: str | None, mountpoint: str | os.PathLike[str] | None) -> None:
+    (folder / COW).mkdir(mode=OWN_FOLDER_MODE)
+    (folder / DUMP).mkdir(mode=OWN_FOLDER_MODE)
+    area = folder / PRIVATE_AREA
+    area.mkdir(mode=OWN_FOLDER_MODE)
+    fd = os.open(area, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        template.unfold_into(fd, 0)
+    finally:
+        os.close(fd)
+    conf = Conf(folder / CONF)
+    conf.set(OSTEMPLATE, template.name)
+    conf.set(TEMPLATES, template.name)
+    if name is not None:
+        conf.set(NAME, name)
+    if mountpoint is not None:
+        conf.set(VE_ROOT, os.path.abspath(mountpoint))
+    (folder / CONF).write_text(conf.text())
+    (folder / LOCK).touch(mode=0o600)
+
+
+def _appear(staged: Path, path: Path) -> None:
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sys.renameat2(parent, os.fsencode(staged.name), parent, os.fsencode(path.name), sys.RENAME_NOREPLACE)
+    except FileExistsError:
+        raise ExistsError(f"{path} exists already", remedy="choose another number or path") from None
+    finally:
+        os.close(parent)
+
+
+def destroy_container(layout: Layout, path: Path) -> None:
+    """Remove the container at ``path`` and all that is in it. Raises ``BusyError`` while it is mounted."""
+    lock = Lock.acquire(path, Holder(os.getpid(), "destroys", time.time()))
+    try:
+        template = Conf.load(path / CONF).get(OSTEMPLATE)
+        doomed = path.with_name(f".old-{path.name}-{secrets.token_hex(4)}")
+        os.rename(path, doomed)
+        forget_user(layout, template, path)
+        _remove(doomed)
+    finally:
+        lock.release()
+    with contextlib.suppress(OSError):
+        (layout.mounts / path.name).rmdir()
+
+
+def _remove(path: Path) -> None:
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sys.remove_tree(parent, os.fsencode(path.name))
+    finally:
+        os.close(parent)
+
+
+def clear_work_folders(layout: Layout, *, older_than_s: float = 3600.0) -> None:
+    """Remove what interrupted creations and destructions left in the store's folder."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(layout.containers):
+            path = layout.containers / name
+            if name.startswith(_WORK_PREFIXES) and time.time() - path.lstat().st_ctime > older_than_s:
+                _remove(path)
+
+
+# ------------------------------------------------------------------------------------------------- users of templates
+
+
+def template_users(layout: Layout, template: str) -> list[Path]:
+    """Containers that need ``template``, those elsewhere that were made or mounted with this store among them."""
+    candidates = container_paths(layout)
+    folder = layout.template(template).meta / "users"
+    with contextlib.suppress(FileNotFoundError):
+        candidates += sorted(Path(os.readlink(folder / link)) for link in os.listdir(folder))
+    users = []
+    for path in candidates:
+        with contextlib.suppress(OSError):
+            conf = Conf.load(path / CONF)
+            if template in (conf.get(OSTEMPLATE), *conf.get(TEMPLATES).split()):
+                users.append(path)
+    return users
+
+
+def remember_user(layout: Layout, template: str, path: Path) -> None:
+    """Note that the container at ``path``, if it lies outside the store's folder, needs ``template``."""
+    if path.parent == layout.containers:
+        return
+    link = _user_link(layout, template, path)
+    link.parent.mkdir(mode=OWN_FOLDER_MODE, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(path)
+
+
+def forget_user(layout: Layout, template: str, path: Path) -> None:
+    """The reverse of ``remember_user``."""
+    with contextlib.suppress(OSError, UsageError):
+        _user_link(layout, template, path).unlink()
+
+
+def _user_link(layout: Layout, template: str, path: Path) -> Path:
+    return layout.template(template).meta / "users" / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+
+
+def is_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory itself, not a link to one."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,84 @@
+"""A sealed template in use: its mapped index, its files and its link farm, by descriptors."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from vzfs.store import sys
+from vzfs.store.faults import step
+from vzfs.store.index import Attributes
+from vzfs.store.layout import ORIGIN_XATTR, Layout, farm_entry
+from vzfs.store.magic import MagicLink
+from vzfs.store.template import open_index
+
+
+class OpenTemplate:
+    """One template in use. Node and inode number of its entry ``n`` is ``base + leader[n]``."""
+
+    __slots__ = ("_farm_fd", "_root_fd", "base", "end", "index", "name")
+
+    def __init__(self, layout: Layout, name: str) -> None:
+        paths = layout.template(name)
+        self.name = name
+        self.index = open_index(layout, name)
+        self.base = self.index.ino_base
+        self.end = self.base + self.index.count
+        self._root_fd = os.open(paths.tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._farm_fd = os.open(paths.links, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._farm_fd = -1
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in (self._root_fd, self._farm_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._root_fd = self._farm_fd = -1
+
+    def open_file(self, entry: int) -> int:
+        """A descriptor to read the regular file ``entry``, whose access time it leaves alone."""
+        path = self.index.path(entry)
+        return sys.openat2(self._root_fd, path, os.O_RDONLY | os.O_NOATIME | os.O_NOFOLLOW)
+
+    def link_text(self, entry: int) -> bytes:
+        """Text of the magic link to ``entry``."""
+        return MagicLink(self.name, self.index.path(entry)).text()
+
+    def plant_link(self, dir_fd: int, name: bytes, entry: int) -> None:
+        """Make ``name`` in ``dir_fd`` a magic link to ``entry``: the farm's prepared one, else a fresh one.
+
+        Raises ``FileExistsError`` and other ``OSError``.
+        """
+        try:
+            os.link(farm_entry(entry), name, src_dir_fd=self._farm_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+        except FileExistsError:
+            raise
+        except OSError:  # EMLINK, EXDEV, no farm; if the disk is full, symlink says so
+            os.symlink(self.link_text(entry), name, dir_fd=dir_fd)
+
+    def origin(self, entry: int) -> bytes:
+        """Text of ``trusted.vzfs.origin`` on what was copied from ``entry``."""
+        return b"%s/%d" % (self.name.encode(), entry)
+
+    def unfold_into(self, dir_fd: int, entry: int) -> None:
+        """Make the empty directory ``dir_fd`` equal to the directory ``entry``, each child a magic link."""
+        for child in self.index.children(entry):
+            self.plant_link(dir_fd, self.index.name(child), child)
+        step("unfold:planted")
+        os.setxattr(dir_fd, ORIGIN_XATTR, self.origin(entry))
+        apply_attributes(sys.entry_path(dir_fd, b"."), self.index.attributes(entry), self.index.xattrs(entry))
+
+
+def apply_attributes(path: bytes, attributes: Attributes, xattrs: dict[str, bytes]) -> None:
+    """Give the object at ``path``, whose last component is not followed, these attributes.
+
+    In the order that leaves all of them standing: chown drops setuid bits and capabilities, an ACL changes the mode.
+    """
+    os.chown(path, attributes.uid, attributes.gid, follow_symlinks=False)
+    for name, value in xattrs.items():
+        os.setxattr(path, name, value, follow_symlinks=False)
+    if not stat.S_ISLNK(attributes.mode):
+        os.chmod(path, stat.S_IMODE(attributes.mode))
+    os.utime(path, ns=(attributes.atime_ns, attributes.mtime_ns), follow_symlinks=False)

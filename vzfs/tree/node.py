@@ -1,0 +1,113 @@
+"""A node: what the kernel may hold a number of, and where its truth lies now.
+
+The life of a node, by kind; every arrow is one rename in the private area, so a crash leaves one side of it:
+
+    FOLDED ──unfold──────────────────────────▶ DIRECTORY        directories
+    TEMPLATE ──change attributes──▶ RECORD ──copy up──▶ OWN     everything else
+           └──────────────copy up──────────────────────▲
+
+Rule: a kind never goes back while the node lives. ``dead`` means that no name is left.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from vzfs.store.index import Attributes
+from vzfs.store.opened import OpenTemplate
+
+ROOT_NUMBER = 1
+"""Node number of a mount's root (FUSE_ROOT_ID)."""
+
+
+class Kind(enum.Enum):
+    """Where a node's attributes and content are."""
+
+    FOLDED = "folded"  # a template directory and all below it, unchanged
+    DIRECTORY = "directory"  # a real directory of the private area
+    TEMPLATE = "template"  # any other template entry, unchanged
+    RECORD = "record"  # the template's data with attributes of the container's own, kept with a magic link
+    OWN = "own"  # an object of the private area
+
+
+class Node:
+    """One inode of the mounted container.
+
+    ``number`` is what the kernel calls it and ``ino`` what programs see. ``template`` and ``entry`` tell what it is or was
+    copied from. ``parent`` and ``name`` place it; ``parent is None`` means its default place, the one its template entry
+    has. Nodes of a ``group`` (several hard links to one template entry) live in the record ``cow/links/<key>`` once
+    changed, under no name of their own.
+    """
+
+    __slots__ = (
+        "backing",
+        "children",
+        "dead",
+        "entry",
+        "folded_children",
+        "generation",
+        "group",
+        "handles",
+        "ino",
+        "kind",
+        "last",
+        "lookups",
+        "lost",
+        "name",
+        "number",
+        "orphan",
+        "parent",
+        "template",
+    )
+
+    def __init__(
+        self, number: int, kind: Kind, ino: int, template: OpenTemplate | None = None, entry: int = 0, *, group: bool = False
+    ) -> None:
+        self.number = number
+        self.kind = kind
+        self.ino = ino
+        self.template = template
+        self.entry = entry
+        self.group = group
+        self.parent: Node | None = None
+        self.name = b""
+        self.generation = 0
+        self.lookups = 0
+        self.handles: list[Handle] | None = None
+        self.children = 0  # registered nodes that have this one as their parent
+        self.backing = 0  # inode number in the private area's file system, for OWN and DIRECTORY
+        self.folded_children: int | None = None  # folded directories in this real one; None until counted
+        self.dead = False
+        self.last: Attributes | None = None  # of a dead node that left nothing on the disk
+        self.lost = False  # the name it was known by went, others exist that nobody has looked up
+        self.orphan = b""  # name in cow/orphans while open with no other known name
+
+    @property
+    def is_directory(self) -> bool:
+        return self.kind is Kind.DIRECTORY or self.kind is Kind.FOLDED
+
+    @property
+    def moved(self) -> bool:
+        """A template entry away from its default place: nothing but this node knows where it went."""
+        return self.parent is not None and self.template is not None
+
+
+class Handle:
+    """An open file: ``fd`` stays the same number through a copy-up, what it refers to does not."""
+
+    __slots__ = ("fd", "flags", "node", "number")
+
+    def __init__(self, number: int, node: Node, fd: int, flags: int) -> None:
+        self.number = number
+        self.node = node
+        self.fd = fd
+        self.flags = flags
+
+
+class Entry(NamedTuple):
+    """The answer to a look-up: node number, generation of that number, attributes."""
+
+    number: int
+    generation: int
+    attributes: Attributes

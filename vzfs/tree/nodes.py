@@ -1,0 +1,481 @@
+"""The nodes of one mount: from a node number or a name to a node, and from a node to its place and attributes.
+
+Rules:
+- A node of a template entry is registered only if it differs from what its number already says (see ``Node``): the
+  entries of folded directories need no memory, whatever the kernel knows of them.
+- Numbers: 1 is the root; a template's entries have ``base + leader``; everything else has the inode number it has in the
+  private area's file system, shifted by ``PRIVATE_SHIFT`` if a template could have that number.
+- All methods are called under the tree's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable
+
+from vzfs.errors import VzfsError
+from vzfs.store import magic, sys
+from vzfs.store.index import INO_START, Attributes
+from vzfs.store.layout import NLINK_XATTR, ORIGIN_XATTR
+from vzfs.store.opened import OpenTemplate
+from vzfs.tree.area import PrivateArea, list_names, node_name
+from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node
+from vzfs.tree.record import Record, read_record
+
+log = logging.getLogger(__name__)
+
+PRIVATE_SHIFT = 1 << 52
+"""Added to inode numbers of the private area that reach into the templates' range: rare, and still exact as a double."""
+NAME_MAX = 255
+"""Bytes of a name, as on ext4; the kernel lets longer ones through to a FUSE server."""
+FOLDS_XATTR = "trusted.vzfs.folds"
+"""On a real directory that may hold folded ones although its own template directory, if any, has no subdirectories."""
+
+
+class Nodes:
+    """The table of registered nodes and everything that finds, places and describes nodes."""
+
+    def __init__(self, area: PrivateArea, load_template: Callable[[str], OpenTemplate], os_template: str) -> None:
+        self.area = area
+        self._load_template = load_template
+        self._templates: dict[str, OpenTemplate] = {}
+        self._table: dict[int, Node] = {}
+        self._by_backing: dict[int, Node] = {}
+        self._known_folded: set[int] = set()  # numbers of directories inside folded ones, until the next unfolding
+        self.groups = self._load_groups()
+        template = self.template(os_template)
+        self.root = Node(ROOT_NUMBER, Kind.DIRECTORY, template.base, template, 0)
+        self.root.backing = os.stat(sys.fd_path(area.root_fd)).st_ino
+        self.root.lookups = 1
+        self._table[ROOT_NUMBER] = self._table[template.base] = self.root
+        self._by_backing[self.root.backing] = self.root
+
+    # ------------------------------------------------------------------------------------------------- templates
+
+    def template(self, name: str) -> OpenTemplate:
+        """The template ``name``, opened once. Raises ``OSError`` ``EIO`` when it isn't there."""
+        known = self._templates.get(name)
+        if known is None:
+            try:
+                known = self._load_template(name)
+            except VzfsError as error:
+                raise OSError(errno.EIO, str(error)) from error
+            self._templates[name] = known
+        return known
+
+    def close(self) -> None:
+        """Close the templates."""
+        for template in self._templates.values():
+            template.close()
+
+    def _template_of(self, number: int) -> OpenTemplate | None:
+        for template in self._templates.values():
+            if template.base <= number < template.end:
+                return template
+        return None
+
+    def _parse_origin(self, data: bytes) -> tuple[OpenTemplate, int] | None:
+        name, _, entry_text = data.decode("ascii", "replace").partition("/")
+        if not magic.valid_template_name(name) or not entry_text.isdecimal():
+            return None
+        template = self.template(name)
+        entry = int(entry_text)
+        return (template, entry) if entry < template.index.count else None
+
+    def _load_groups(self) -> set[bytes]:
+        return set(list_names(self.area.links_fd))
+
+    # ---------------------------------------------------------------------------------------- from number to node
+
+    def get(self, number: int) -> Node:
+        """The node of ``number``. Raises ``OSError`` ``ESTALE`` when nothing alive has it."""
+        node = self._table.get(number)
+        if node is not None:
+            return node
+        template = self._template_of(number)
+        if template is None:
+            raise OSError(errno.ESTALE, "unknown node")
+        entry = number - template.base
+        if number in self._known_folded:
+            return self._unchanged(template, entry)
+        index = template.index
+        if index.next_link[entry] != entry or self.group_key(template, entry) in self.groups:
+            return self._group_node(template, entry)
+        if not entry:
+            return Node(number, Kind.FOLDED, number, template, 0)
+        parent_number = self._number(template, index.parent[entry])
+        if parent_number not in self._known_folded:
+            parent = self.get(parent_number)
+            if parent.kind is Kind.DIRECTORY:
+                return self._found_at_default_place(parent, number, index.name(entry))
+            self._known_folded.add(parent_number)
+        return self._unchanged(template, entry)
+
+    def registered(self, number: int) -> Node | None:
+        """The node of ``number`` if the table has it."""
+        return self._table.get(number)
+
+    def _unchanged(self, template: OpenTemplate, entry: int) -> Node:
+        kind = Kind.FOLDED if template.index.is_directory(entry) else Kind.TEMPLATE
+        number = self._number(template, entry)
+        return Node(number, kind, number, template, entry)
+
+    def _found_at_default_place(self, parent: Node, number: int, name: bytes) -> Node:
+        node = self.child(parent, name)
+        if node is None or node.number != number:
+            raise OSError(errno.ESTALE, "the node is gone")
+        return node
+
+    def _number(self, template: OpenTemplate, entry: int) -> int:
+        number: int = template.base + template.index.leader[entry]
+        return ROOT_NUMBER if number == self.root.ino else number
+
+    # ------------------------------------------------------------------------------------------ from name to node
+
+    def child(self, parent: Node, name: bytes) -> Node | None:
+        """The node called ``name`` in ``parent``, or ``None``; registered when it isn't what its number says."""
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long", name)
+        if parent.dead:
+            return None
+        if parent.kind is Kind.FOLDED:
+            assert parent.template is not None
+            entry = parent.template.index.find(parent.entry, name)
+            return self._folded_child(parent.template, entry) if entry else None
+        if parent.kind is not Kind.DIRECTORY:
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", name)
+        directory = self.directory_fd(parent)
+        try:
+            info = os.lstat(name, dir_fd=directory)
+        except FileNotFoundError:
+            return None
+        if stat.S_ISLNK(info.st_mode):
+            text = os.readlink(name, dir_fd=directory)
+            if magic.is_magic(text):
+                return self._linked(parent, name, info, text)
+        return self._own(parent, name, info)
+
+    def _folded_child(self, template: OpenTemplate, entry: int) -> Node:
+        number = self._number(template, entry)
+        known = self._table.get(number)
+        if known is not None:
+            return known
+        index = template.index
+        if index.next_link[entry] != entry or (self.groups and self.group_key(template, entry) in self.groups):
+            return self._group_node(template, entry)
+        return self._unchanged(template, entry)
+
+    def _linked(self, parent: Node, name: bytes, info: os.stat_result, text: bytes) -> Node:
+        """The node that the magic link ``name`` means."""
+        link = magic.parse(text)
+        template = self.template(link.template) if link else None
+        entry = template.index.find_path(link.path) if link and template else None
+        if template is None or entry is None or self._number(template, entry) == ROOT_NUMBER:
+            log.error("%r is a malformed or dangling magic link: %r", name, text)
+            raise OSError(errno.EIO, "malformed or dangling magic link", name)
+        index = template.index
+        if index.next_link[entry] != entry or self.group_key(template, entry) in self.groups:
+            return self._group_node(template, entry)
+        number = template.base + entry
+        node = self._table.get(number)
+        if node is not None:
+            return node
+        node = self._unchanged(template, entry)
+        if info.st_nlink == 1 and read_record(self._at(parent, name)) is not None:
+            node.kind = Kind.RECORD
+        self.place(node, parent, name)
+        if node.moved or node.kind is Kind.RECORD:
+            self.register(node)
+        return node
+
+    def _group_node(self, template: OpenTemplate, entry: int) -> Node:
+        """The node of a link group, registered because its state is that of no single name."""
+        leader: int = template.index.leader[entry]
+        number = template.base + leader
+        node = self._table.get(number)
+        if node is not None:
+            return node
+        node = Node(number, Kind.TEMPLATE, number, template, leader, group=True)
+        key = self.group_key(template, leader)
+        if key in self.groups:
+            info = os.lstat(key, dir_fd=self.area.links_fd)
+            if stat.S_ISLNK(info.st_mode) and magic.is_magic(os.readlink(key, dir_fd=self.area.links_fd)):
+                node.kind = Kind.RECORD
+            else:
+                self.set_own(node, Kind.OWN, info.st_ino)
+        self.register(node)
+        return node
+
+    def _own(self, parent: Node, name: bytes, info: os.stat_result) -> Node:
+        """The node of an object of the container's own."""
+        node = self._by_backing.get(info.st_ino)
+        if node is not None:
+            if info.st_nlink > 1 and not node.is_directory and not node.group:
+                self.place(node, parent, name)  # any of its names will do: the one that was just seen exists
+            return node
+        kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
+        node = self._copied(parent, name, kind) or self.new_own(kind, info.st_ino)
+        self.place(node, parent, name)
+        self.set_own(node, kind, info.st_ino)
+        self.register(node)
+        return node
+
+    def _copied(self, parent: Node, name: bytes, kind: Kind) -> Node | None:
+        """The template's node if the object was copied from one, so that it keeps that inode number."""
+        try:
+            data = os.getxattr(self._at(parent, name), ORIGIN_XATTR, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return None
+            raise
+        origin = self._parse_origin(data)
+        if origin is None:
+            return None
+        number = self._number(*origin)
+        if number in self._table or origin[0].index.is_directory(origin[1]) != (kind is Kind.DIRECTORY):
+            return None  # somebody copied the object together with its origin: only one can keep the number
+        return Node(number, kind, number, *origin)
+
+    def new_own(self, kind: Kind, backing: int) -> Node:
+        """A node for an object of the private area that came from no template, not yet registered."""
+        number = backing if backing < INO_START else backing + PRIVATE_SHIFT
+        node = Node(number, kind, number)
+        previous = self._table.get(number)
+        if previous is not None:  # unlinked, forgotten by the file system, not yet by the kernel
+            node.generation = previous.generation + 1
+            node.lookups = previous.lookups
+        return node
+
+    # --------------------------------------------------------------------------------------------------- the table
+
+    def register(self, node: Node) -> None:
+        """Put the node into the table."""
+        self._table[node.number] = node
+
+    def set_own(self, node: Node, kind: Kind, backing: int) -> None:
+        """Say that the node is now the object ``backing`` of the private area."""
+        node.kind = kind
+        node.backing = backing
+        self._by_backing[backing] = node
+
+    def place(self, node: Node, parent: Node, name: bytes) -> None:
+        """Say that the node lies at ``name`` in ``parent``."""
+        node.lost = False
+        if self._is_default_place(node, parent, name):
+            self.leave_place(node)
+            return
+        parent.children += 1
+        self.leave_place(node)
+        node.parent, node.name = parent, name
+
+    def _is_default_place(self, node: Node, parent: Node, name: bytes) -> bool:
+        template = node.template
+        if template is None or self._number(template, template.index.parent[node.entry]) != parent.number:
+            return False
+        return name == template.index.name(node.entry)
+
+    def leave_place(self, node: Node) -> None:
+        """Say that the node lies at its default place, or needs none."""
+        parent = node.parent
+        node.parent = None
+        if parent is not None:
+            parent.children -= 1
+            self.drop_if_unused(parent)
+
+    def lose_name(self, node: Node) -> None:
+        """Say that the name by which the node was known is gone, while others that nobody asked for are there."""
+        self.leave_place(node)
+        node.lost = True
+
+    def adopt(self, parent: Node, name: bytes, info: os.stat_result) -> Node:
+        """The node of the just made object ``name``."""
+        kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
+        node = self.new_own(kind, info.st_ino)
+        node.folded_children = 0
+        self.place(node, parent, name)
+        self.set_own(node, kind, info.st_ino)
+        self.register(node)
+        return node
+
+    def bury(self, node: Node) -> None:
+        """Say that the node has no name any more."""
+        node.dead = True
+        node.lost = False
+        self._by_backing.pop(node.backing, None)
+        self.area.forget(node)
+        self.leave_place(node)
+        self.register(node)
+
+    def forget(self, number: int, count: int) -> Node | None:
+        """The kernel has forgotten ``count`` look-ups of ``number``; gives the node if it was dropped by that."""
+        node = self._table.get(number)
+        if node is None or node is self.root:
+            return None
+        node.lookups -= count
+        return node if self.drop_if_unused(node) else None
+
+    def drop_if_unused(self, node: Node) -> bool:
+        """Drop the node from the table unless somebody or something still needs it there."""
+        if node.lookups > 0 or node.handles or node.children or node is self.root:
+            return False
+        if node.moved and not node.dead:
+            return False
+        if self._table.get(node.number) is node:
+            del self._table[node.number]
+        if self._by_backing.get(node.backing) is node:
+            del self._by_backing[node.backing]
+        self.area.forget(node)
+        self.leave_place(node)
+        return True
+
+    def unfolded(self, node: Node, backing: int) -> None:
+        """The folded directory has become the real one ``backing``."""
+        self._known_folded.clear()
+        self.set_own(node, Kind.DIRECTORY, backing)
+        self.register(node)
+
+    @property
+    def count(self) -> int:
+        """How many nodes are registered."""
+        return len(self._table)
+
+    # ------------------------------------------------------------------------------------------ from node to place
+
+    def parent(self, node: Node) -> Node:
+        """The directory that holds the node; the root's is the root."""
+        if node is self.root:
+            return node
+        if node.parent is not None:
+            return node.parent
+        if node.template is None or node.dead or node.lost:
+            raise OSError(errno.ESTALE, "the node has no place")
+        return self.get(self._number(node.template, node.template.index.parent[node.entry]))
+
+    def directory_fd(self, node: Node) -> int:
+        """Descriptor of a real directory, borrowed (see ``PrivateArea``)."""
+        chain: list[Node] = []
+        while node is not self.root:
+            chain.append(node)
+            node = self.parent(node)
+        chain.reverse()
+        return self.area.directory(chain)
+
+    def location(self, node: Node) -> tuple[int, bytes]:
+        """Directory descriptor and name of what stores the node: its name, its group's record or its orphan."""
+        if node.orphan:
+            return self.area.orphans_fd, node.orphan
+        if node.dead:
+            raise OSError(errno.ESTALE, "the node is gone")
+        if node.group:
+            assert node.template is not None
+            return self.area.links_fd, self.group_key(node.template, node.entry)
+        if node is self.root:
+            return self.area.root_fd, b"."
+        return self.directory_fd(self.parent(node)), node_name(node)
+
+    def path(self, node: Node) -> bytes:
+        """A path to what stores the node, for the calls that need one."""
+        if node.kind is Kind.DIRECTORY:
+            return sys.entry_path(self.living_directory_fd(node), b".")
+        return sys.entry_path(*self.location(node))
+
+    def living_directory_fd(self, node: Node) -> int:
+        """Like ``directory_fd``, raising ``ESTALE`` for a removed directory."""
+        if node.dead:
+            raise OSError(errno.ESTALE, "the directory is gone")
+        return self.directory_fd(node)
+
+    def _at(self, parent: Node, name: bytes) -> bytes:
+        return sys.entry_path(self.directory_fd(parent), name)
+
+    @staticmethod
+    def group_key(template: OpenTemplate, entry: int) -> bytes:
+        """Name of a link group's record in ``cow/links``."""
+        return b"%s:%d" % (template.name.encode(), template.index.leader[entry])
+
+    # ------------------------------------------------------------------------------------------------- attributes
+
+    def entry(self, node: Node) -> Entry:
+        """What a look-up of the node answers."""
+        return Entry(node.number, node.generation, self.attributes(node))
+
+    def attributes(self, node: Node) -> Attributes:
+        """What stat tells of the node."""
+        if node.dead and not node.orphan and node.last is not None:
+            return node.last
+        if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
+            return self._own_attributes(node)
+        template = node.template
+        assert template is not None
+        base = template.index.attributes(node.entry)
+        if node.kind is Kind.RECORD:
+            folder, name = self.location(node)
+            info = os.lstat(name, dir_fd=folder)
+            record = read_record(sys.entry_path(folder, name)) or Record()
+            return record.apply(base, self.group_nlink(node) if node.group else base.nlink, info.st_ctime_ns)
+        return base
+
+    def _own_attributes(self, node: Node) -> Attributes:
+        if node.kind is Kind.DIRECTORY:
+            info = os.stat(self.path(node), follow_symlinks=False)
+            return Attributes.of(info, node.ino, info.st_nlink + self._folded_children(node, info.st_nlink))
+        folder, name = self.location(node)
+        info = os.lstat(name, dir_fd=folder)
+        if node.group:
+            nlink = 0 if node.dead else self.group_nlink(node)
+        else:
+            nlink = info.st_nlink - bool(node.orphan)
+        attributes = Attributes.of(info, node.ino, nlink)
+        if stat.S_ISLNK(info.st_mode):
+            text = magic.unescape(os.readlink(name, dir_fd=folder))
+            attributes = attributes._replace(size=len(text))
+        return attributes
+
+    def group_nlink(self, node: Node) -> int:
+        """How many names the node's link group has in this container."""
+        assert node.template is not None
+        if self.group_key(node.template, node.entry) not in self.groups:
+            return node.template.index.attributes(node.entry).nlink
+        try:
+            return int(os.getxattr(sys.entry_path(*self.location(node)), NLINK_XATTR, follow_symlinks=False))
+        except (ValueError, OSError) as error:
+            raise OSError(errno.EIO, f"link group without a valid {NLINK_XATTR}") from error
+
+    def _folded_children(self, node: Node, real_nlink: int) -> int:
+        """How many folded directories a real one holds: they count as links of it, but aren't any on the disk."""
+        if node.folded_children is None:
+            node.folded_children = self._count_folded(node) if self._may_hold_folded(node) else 0
+        return node.folded_children
+
+    def _may_hold_folded(self, node: Node) -> bool:
+        if node.template is not None and node.template.index.attributes(node.entry).nlink > 2:
+            return True
+        try:
+            os.getxattr(self.path(node), FOLDS_XATTR, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+    def _count_folded(self, node: Node) -> int:
+        directory = self.directory_fd(node)
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            with os.scandir(fd) as entries:
+                links = [os.fsencode(entry.name) for entry in entries if entry.is_symlink()]
+            return sum(self._means_directory(os.readlink(name, dir_fd=fd)) for name in links)
+        finally:
+            os.close(fd)
+
+    def _means_directory(self, text: bytes) -> bool:
+        link = magic.parse(text)
+        if link is None:
+            return False
+        try:
+            index = self.template(link.template).index
+        except OSError:
+            return False
+        entry = index.find_path(link.path)
+        return entry is not None and index.is_directory(entry)

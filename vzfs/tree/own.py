@@ -1,0 +1,282 @@
+"""Making things the container's own: unfolding directories, copying files up, keeping changed attributes, link groups.
+
+Rule: every change is staged under ``cow/stage`` where nobody looks, and becomes visible by one rename. Whatever goes wrong
+before that rename leaves nothing changed. Steps are named by ``faults.step`` so that a test can die at each.
+
+``stage_*`` methods only touch the stage and immutable templates and so run without the tree's lock; ``commit_*`` and all
+others are called under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from vzfs.store import magic, sys
+from vzfs.store.faults import step
+from vzfs.store.layout import ATTR_XATTR, NLINK_XATTR, ORIGIN_XATTR, OWN_FOLDER_MODE, XATTR_PREFIX
+from vzfs.store.opened import OpenTemplate, apply_attributes
+from vzfs.tree.area import PrivateArea, Sync
+from vzfs.tree.node import Kind, Node
+from vzfs.tree.nodes import FOLDS_XATTR, Nodes
+from vzfs.tree.record import Record, read_own_xattrs, read_record
+
+ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
+
+
+class Owner:
+    """Turns nodes of the template into the container's own."""
+
+    def __init__(self, nodes: Nodes, area: PrivateArea, sync: Sync) -> None:
+        self._nodes = nodes
+        self._area = area
+        self._sync = sync
+
+    # -------------------------------------------------------------------------------------------------- directories
+
+    def stage_directory(self, template: OpenTemplate, entry: int, name: bytes) -> None:
+        """Stage the template directory ``entry`` as a real one called ``name``, its children magic links."""
+        stage = self._area.stage_fd
+        os.mkdir(name, OWN_FOLDER_MODE, dir_fd=stage)
+        step("unfold:made")
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=stage)
+        try:
+            template.unfold_into(fd, entry)
+            if self._sync is not Sync.NONE:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        step("unfold:staged")
+
+    def commit_directory(self, node: Node, staged: bytes) -> None:
+        """Swap the staged directory in for the magic link of the folded ``node``."""
+        with self._unchanged_times(self._nodes.parent(node)):
+            folder, name = self._nodes.location(node)
+            sys.renameat2(self._area.stage_fd, staged, folder, name, sys.RENAME_EXCHANGE)
+            step("unfold:swapped")
+        os.unlink(staged, dir_fd=self._area.stage_fd)  # the magic link that came back
+        parent = self._nodes.parent(node)
+        if parent.folded_children:
+            parent.folded_children -= 1
+        self._nodes.unfolded(node, os.lstat(name, dir_fd=folder).st_ino)
+
+    @contextlib.contextmanager
+    def _unchanged_times(self, directory: Node) -> Iterator[None]:
+        """Keep the times of a directory in which a name gets another meaning only in our eyes."""
+        path = self._nodes.path(directory)
+        before = os.lstat(path)
+        yield
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns), follow_symlinks=False)
+
+    def mark_folds(self, directory: Node) -> None:
+        """Say on disk that a real directory is about to hold a folded one."""
+        if directory.folded_children is None or not directory.folded_children:
+            os.setxattr(self._nodes.path(directory), FOLDS_XATTR, b"1", follow_symlinks=False)
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def stage_file(self, source_fd: int, name: bytes, size: int) -> None:
+        """Stage a copy of the first ``size`` bytes of ``source_fd``; it has no attributes yet."""
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._area.stage_fd)
+        try:
+            step("copy-up:made")
+            if size:
+                sys.copy_data(source_fd, fd, size)
+            step("copy-up:copied")
+            if self._sync is not Sync.NONE:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def stage_special(self, node: Node, name: bytes) -> None:
+        """Stage a symbolic link, device, FIFO or socket like the template's."""
+        template = node.template
+        assert template is not None
+        attributes = template.index.attributes(node.entry)
+        if stat.S_ISLNK(attributes.mode):
+            os.symlink(magic.escape(template.index.target(node.entry)), name, dir_fd=self._area.stage_fd)
+        else:
+            os.mknod(name, attributes.mode, attributes.rdev, dir_fd=self._area.stage_fd)
+        step("copy-up:copied")
+
+    def commit_copy(self, node: Node, staged: bytes) -> None:
+        """Give the staged copy the node's attributes and put it in the place of the node's magic link or record."""
+        template = node.template
+        assert template is not None
+        stage = self._area.stage_fd
+        path = sys.entry_path(stage, staged)
+        attributes, xattrs = self._nodes.attributes(node), self.xattrs(node)
+        os.setxattr(path, ORIGIN_XATTR, template.origin(node.entry), follow_symlinks=False)
+        apply_attributes(path, attributes, xattrs)
+        step("copy-up:staged")
+        if node.dead:
+            node.orphan = b"%d" % node.number
+            os.rename(staged, node.orphan, src_dir_fd=stage, dst_dir_fd=self._area.orphans_fd)
+        elif node.group:
+            self._place_record(node, staged, attributes.nlink)
+        else:
+            with self._unchanged_times(self._nodes.parent(node)):
+                folder, name = self._nodes.location(node)
+                os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
+                step("copy-up:renamed")
+        folder, name = self._nodes.location(node)
+        self._nodes.set_own(node, Kind.OWN, os.lstat(name, dir_fd=folder).st_ino)
+        self._nodes.register(node)
+        self._repoint_handles(node, folder, name)
+
+    def flush_place(self, node: Node) -> Callable[[], None] | None:
+        """With ``Sync.FULL``, what flushes the directory in which the node just changed its form; run it without the lock."""
+        if self._sync is not Sync.FULL or node.dead:
+            return None
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._nodes.location(node)[0])
+
+        def flush() -> None:
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+        return flush
+
+    @staticmethod
+    def _repoint_handles(node: Node, folder: int, name: bytes) -> None:
+        """Let the files that are open already see the copy, as they would on any other file system."""
+        for handle in node.handles or ():
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                os.dup2(fd, handle.fd, inheritable=False)
+            finally:
+                os.close(fd)
+
+    # --------------------------------------------------------------------------------------------------- attributes
+
+    def change_record(self, node: Node, change: Callable[[Record], Record], xattrs: dict[str, bytes] | None = None) -> None:
+        """Keep changed attributes of a template file, and its whole set of extended attributes if given, without its data."""
+        record = self._record(node)
+        record = change(record)
+        if node.kind is Kind.RECORD:
+            path = self._nodes.path(node)
+            if xattrs is not None:
+                self._replace_xattrs(path, xattrs)
+            os.setxattr(path, ATTR_XATTR, record.encode(), follow_symlinks=False)
+            return
+        self._make_record(node, record, xattrs, self._nodes.attributes(node).nlink)
+
+    def _record(self, node: Node) -> Record:
+        if node.kind is not Kind.RECORD or node.dead:
+            return Record()
+        return read_record(self._nodes.path(node)) or Record()
+
+    def _make_record(self, node: Node, record: Record, xattrs: dict[str, bytes] | None, nlink: int) -> None:
+        """Stage a magic link with attributes and put it in the place of the node's shared one."""
+        template = node.template
+        assert template is not None
+        staged = self._area.stage_name()
+        stage = self._area.stage_fd
+        path = sys.entry_path(stage, staged)
+        os.symlink(template.link_text(node.entry), staged, dir_fd=stage)
+        try:
+            step("record:made")
+            os.setxattr(path, ATTR_XATTR, record.encode(), follow_symlinks=False)
+            self._replace_xattrs(path, xattrs or {})
+            step("record:staged")
+            if node.group:
+                self._place_record(node, staged, nlink)
+            else:
+                with self._unchanged_times(self._nodes.parent(node)):
+                    folder, name = self._nodes.location(node)
+                    os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
+                    step("record:renamed")
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged, dir_fd=stage)
+            raise
+        node.kind = Kind.RECORD
+        self._nodes.register(node)
+
+    @staticmethod
+    def _replace_xattrs(path: bytes, wanted: dict[str, bytes]) -> None:
+        present = read_own_xattrs(path)
+        for name in present.keys() - wanted.keys():
+            os.removexattr(path, XATTR_PREFIX + name, follow_symlinks=False)
+        for name, value in wanted.items():
+            if present.get(name) != value:
+                os.setxattr(path, XATTR_PREFIX + name, value, follow_symlinks=False)
+
+    def xattrs(self, node: Node) -> dict[str, bytes]:
+        """All extended attributes of a node that still has the template's data."""
+        assert node.template is not None
+        if node.kind is Kind.RECORD and self._record(node).own_xattrs:
+            return read_own_xattrs(self._nodes.path(node))
+        return node.template.index.xattrs(node.entry)
+
+    # -------------------------------------------------------------------------------------------------- link groups
+
+    def _place_record(self, node: Node, staged: bytes, nlink: int) -> None:
+        """Make the staged object the record of the node's link group: all its names change at once."""
+        assert node.template is not None
+        stage = self._area.stage_fd
+        key = self._nodes.group_key(node.template, node.entry)
+        os.setxattr(sys.entry_path(stage, staged), NLINK_XATTR, b"%d" % nlink, follow_symlinks=False)
+        step("link-group:staged")
+        os.rename(staged, key, src_dir_fd=stage, dst_dir_fd=self._area.links_fd)
+        step("link-group:renamed")
+        self._nodes.groups.add(key)
+
+    def make_group(self, node: Node) -> None:
+        """Let a template entry with one name become a link group, so that it can have more."""
+        record, own = self._record(node), None
+        if record.own_xattrs:
+            own = self.xattrs(node)
+        nlink = self._nodes.attributes(node).nlink
+        node.group = True
+        try:
+            self._make_record(node, record, own, nlink)
+        except BaseException:
+            node.group = False
+            raise
+        self._nodes.leave_place(node)
+
+    def change_group_nlink(self, node: Node, difference: int) -> int:
+        """Count names of the node's link group that came (or, negative, went); gives the new count."""
+        nlink = self._nodes.group_nlink(node) + difference
+        if node.kind is Kind.TEMPLATE:
+            self._make_record(node, Record(), None, nlink)
+        else:
+            os.setxattr(self._nodes.path(node), NLINK_XATTR, b"%d" % nlink, follow_symlinks=False)
+        step("link-group:counted")
+        return nlink
+
+    def end_group(self, node: Node) -> None:
+        """The last name of the group is gone: remove its record, or keep it as an orphan while it is open."""
+        assert node.template is not None
+        key = self._nodes.group_key(node.template, node.entry)
+        if node.handles and node.kind is Kind.OWN:
+            node.orphan = b"%d" % node.number
+            os.rename(key, node.orphan, src_dir_fd=self._area.links_fd, dst_dir_fd=self._area.orphans_fd)
+        else:
+            os.unlink(key, dir_fd=self._area.links_fd)
+        self._nodes.groups.discard(key)
+
+    # ------------------------------------------------------------------------------------------------------ orphans
+
+    def keep_as_orphan(self, node: Node) -> None:
+        """Give an open file of the container's own that is about to lose its last name a name in ``cow/orphans``."""
+        folder, name = self._nodes.location(node)
+        orphan = b"%d" % node.number
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(orphan, dir_fd=self._area.orphans_fd)
+        os.link(name, orphan, src_dir_fd=folder, dst_dir_fd=self._area.orphans_fd, follow_symlinks=False)
+        node.orphan = orphan
+
+    def discard_stage(self, staged: bytes) -> None:
+        """Remove what was staged in vain."""
+        sys.remove_tree(self._area.stage_fd, staged)
+
+
+def no_space(error: OSError) -> bool:
+    """Whether the error says that an extended attribute did not fit where one was tried to be kept."""
+    return error.errno in (errno.ENOSPC, errno.E2BIG, errno.ERANGE)

@@ -1,0 +1,809 @@
+"""One mounted container: the operations of a file system on node numbers and names.
+
+Synchronous, knows nothing of FUSE, works without a mount. Rules:
+- Every method may be called from any thread. The lock is held for what is quick; copying data and building directories
+  happen without it (``Owner.stage_*``), so that look-ups go on.
+- Errors are ``OSError`` with the errno that the program shall see.
+- Permission has been checked by the caller (the kernel, with ``default_permissions``); ownership of what is made is set here.
+- Names are single components of 1 to 255 bytes without ``/`` and NUL, which the kernel guarantees but for the length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from vzfs.store import magic, sys
+from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.index import Attributes
+from vzfs.store.layout import CONF, RESERVED_PREFIX, Layout
+from vzfs.store.opened import OpenTemplate
+from vzfs.tree.area import PrivateArea, Sync, list_names, node_name
+from vzfs.tree.listing import Listing
+from vzfs.tree.node import ROOT_NUMBER, Entry, Handle, Kind, Node
+from vzfs.tree.nodes import NAME_MAX, Nodes
+from vzfs.tree.own import ACL_XATTRS, Owner, no_space
+from vzfs.tree.record import Record
+
+log = logging.getLogger(__name__)
+
+SLOW_COPY = 128 << 10
+"""Bytes of a file whose copy-up is long work: about a millisecond with its flush."""
+SLOW_UNFOLD = 64
+"""Entries of a directory whose unfolding is long work: about a millisecond."""
+_BACKING_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
+"""Flags of a program's open(2) that the backing file is opened with. The kernel itself deals with O_APPEND and O_DIRECT."""
+
+
+class Caller(NamedTuple):
+    """Who makes something new: its file system user and group."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Attributes to set; ``None`` leaves one alone. ``mode`` is permission bits, times are nanoseconds, ``size`` bytes."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+class Tree:
+    """The file system of the container at ``container``; its lock must be held by the caller.
+
+    Raises ``OSError`` and, at construction, ``VzfsError`` when the container or its template is damaged or missing.
+    """
+
+    def __init__(self, layout: Layout, container: Path, *, read_only: bool = False, sync: Sync = Sync.DATA) -> None:
+        conf = Conf.load(container / CONF)
+        self._lock = threading.RLock()
+        self._busy: dict[int, threading.Event] = {}
+        self._handles: dict[int, Handle] = {}
+        self._next_handle = 1
+        self._area = PrivateArea(container, read_only=read_only)
+        try:
+            if not read_only:
+                self._area.clear_leftovers()
+            self._nodes = Nodes(self._area, lambda name: OpenTemplate(layout, name), conf.get(OSTEMPLATE))
+        except BaseException:
+            self._area.close()
+            raise
+        self._owner = Owner(self._nodes, self._area, sync)
+
+    def close(self) -> None:
+        """Close all files and descriptors; unlinked ones are gone."""
+        with self._lock:
+            for number in list(self._handles):
+                self.release(number)
+            self._nodes.close()
+            self._area.close()
+
+    # ------------------------------------------------------------------------------------------------ finding, telling
+
+    def lookup(self, parent: int, name: bytes) -> Entry | None:
+        """What ``name`` in directory ``parent`` is, counted as known to the kernel; ``None`` if there is no such name."""
+        with self._lock:
+            node = self._nodes.child(self._nodes.get(parent), name)
+            if node is None:
+                return None
+            node.lookups += 1
+            return self._nodes.entry(node)
+
+    def remember(self, number: int) -> None:
+        """Count one more look-up of ``number`` by the kernel (an entry of a listing with attributes)."""
+        with self._lock:
+            node = self._nodes.registered(number)
+            if node is not None:
+                node.lookups += 1
+
+    def forget(self, number: int, count: int) -> None:
+        """The kernel has forgotten ``count`` look-ups of ``number``."""
+        with self._lock:
+            self._nodes.forget(number, count)
+
+    def getattr(self, number: int) -> Attributes:
+        """What stat tells of the node."""
+        with self._lock:
+            return self._nodes.attributes(self._nodes.get(number))
+
+    def readlink(self, number: int) -> bytes:
+        """Text of a symbolic link as the container sees it."""
+        with self._lock:
+            node = self._nodes.get(number)
+            if node.kind is Kind.TEMPLATE or node.kind is Kind.RECORD:
+                assert node.template is not None
+                if not stat.S_ISLNK(node.template.index.mode(node.entry)):
+                    raise OSError(errno.EINVAL, "not a symbolic link")
+                return node.template.index.target(node.entry)
+            folder, name = self._nodes.location(node)
+            return magic.unescape(os.readlink(name, dir_fd=folder))
+
+    def listing(self, number: int) -> Listing:
+        """Start listing the directory ``number``."""
+        return Listing(number, self._names, self._describe)
+
+    def _names(self, number: int) -> Sequence[bytes]:
+        with self._lock:
+            node = self._directory(number)
+            if node.dead:
+                return []
+            if node.kind is Kind.FOLDED:
+                assert node.template is not None
+                index = node.template.index
+                return [index.name(child) for child in index.children(node.entry)]
+            fd = os.dup(self._nodes.directory_fd(node))
+        try:
+            return list_names(fd)
+        finally:
+            os.close(fd)
+
+    def _describe(self, number: int, name: bytes) -> Entry | None:
+        with self._lock:
+            directory = self._nodes.get(number)
+            if name == b".":
+                return self._nodes.entry(directory)
+            if name == b"..":
+                return self._nodes.entry(directory if directory.dead else self._nodes.parent(directory))
+            try:
+                node = self._nodes.child(directory, name)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                return None  # a damaged entry must not make the rest unreadable; it is in the log
+            return self._nodes.entry(node) if node else None
+
+    def statfs(self) -> os.statvfs_result:
+        """Space of the file system that holds the private area."""
+        return os.statvfs(sys.fd_path(self._area.root_fd))
+
+    @property
+    def node_count(self) -> int:
+        """How many nodes are kept in memory."""
+        return self._nodes.count
+
+    # ----------------------------------------------------------------------------------------- becoming the container's
+
+    def slow_to_own(self, number: int, *, size: int | None = None) -> bool:
+        """Whether making the node the container's own is long work, to be done in a thread.
+
+        ``size`` is how many bytes of a file's content will be kept (all if ``None``).
+        """
+        with self._lock:
+            node = self._nodes.get(number)
+            template = node.template
+            if number in self._busy:
+                return True
+            if template is None or node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
+                return False
+            if node.kind is not Kind.FOLDED:
+                content = template.index.attributes(node.entry).size
+                return min(content, content if size is None else size) > SLOW_COPY or self._parent_is_slow(node)
+            return template.index.child_count[node.entry] > SLOW_UNFOLD or self._parent_is_slow(node)
+
+    def _parent_is_slow(self, node: Node) -> bool:
+        if node.dead or node.group:
+            return False
+        parent = self._nodes.parent(node)
+        return parent.kind is Kind.FOLDED and self.slow_to_own(parent.number)
+
+    def _own_directory(self, number: int) -> None:
+        """Unfold the directory ``number``, its parents before it."""
+
+        def stage(node: Node, staged: bytes) -> None:
+            assert node.template is not None
+            self._owner.stage_directory(node.template, node.entry, staged)
+
+        self._own(number, lambda node: node.kind is Kind.FOLDED, stage, self._owner.commit_directory)
+
+    def _own_file(self, number: int, size: int | None = None) -> None:
+        """Copy up the node ``number``, which is no directory, with the first ``size`` bytes of its content (``None``: all)."""
+
+        def stage(node: Node, staged: bytes) -> None:
+            assert node.template is not None
+            attributes = node.template.index.attributes(node.entry)
+            if not stat.S_ISREG(attributes.mode):
+                self._owner.stage_special(node, staged)
+                return
+            source = node.template.open_file(node.entry)
+            try:
+                self._owner.stage_file(source, staged, attributes.size if size is None else min(size, attributes.size))
+            finally:
+                os.close(source)
+
+        self._own(number, lambda node: node.kind in (Kind.TEMPLATE, Kind.RECORD), stage, self._owner.commit_copy)
+
+    def _own(
+        self,
+        number: int,
+        wanted: Callable[[Node], bool],
+        stage: Callable[[Node, bytes], None],
+        commit: Callable[[Node, bytes], None],
+    ) -> None:
+        """Stage and commit unless the node is the container's own already; one thread does it, others wait for it."""
+        while True:
+            with self._lock:
+                node = self._nodes.get(number)
+                if not wanted(node) or (node.dead and node.is_directory):
+                    return
+                other = self._busy.get(number)
+                if other is None:
+                    self._busy[number] = threading.Event()
+                    break
+            other.wait()
+        try:
+            self._own_place(number)
+            self._stage_and_commit(number, stage, commit)
+        finally:
+            with self._lock:
+                self._busy.pop(number).set()
+
+    def _own_place(self, number: int) -> None:
+        """Make the directory real in which the node's magic link shall be replaced."""
+        with self._lock:
+            node = self._nodes.get(number)
+            if node.group or node.dead:
+                return
+            parent = self._nodes.parent(node).number
+        self._own_directory(parent)
+
+    def _stage_and_commit(
+        self, number: int, stage: Callable[[Node, bytes], None], commit: Callable[[Node, bytes], None]
+    ) -> None:
+        with self._lock:
+            node = self._nodes.get(number)
+            staged = self._area.stage_name()
+        flush = None
+        try:
+            stage(node, staged)
+            with self._lock:
+                node = self._nodes.get(number)
+                if node.dead and node.is_directory:
+                    self._owner.discard_stage(staged)
+                    return
+                commit(node, staged)
+                flush = self._owner.flush_place(node)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._owner.discard_stage(staged)
+            raise
+        if flush:
+            flush()
+
+    def _directory(self, number: int) -> Node:
+        node = self._nodes.get(number)
+        if not node.is_directory:
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory")
+        return node
+
+    def _living_directory(self, number: int) -> Node:
+        """The real directory ``number`` for a change in it; ``ENOENT`` when it was removed."""
+        node = self._directory(number)
+        if node.dead:
+            raise FileNotFoundError(errno.ENOENT, "the directory was removed")
+        return node
+
+    # ---------------------------------------------------------------------------------------------------------- making
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
+        """Make a directory."""
+        return self._make(parent, name, caller, lambda fd: os.mkdir(name, mode & 0o7777, dir_fd=fd))
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
+        """Make a regular file, device, FIFO or socket; ``mode`` has the type."""
+        return self._make(parent, name, caller, lambda fd: os.mknod(name, mode, rdev, dir_fd=fd))
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
+        """Make a symbolic link; a text that would be a magic link is stored so that it is none."""
+        return self._make(parent, name, caller, lambda fd: os.symlink(magic.escape(target), name, dir_fd=fd))
+
+    def _make(self, parent: int, name: bytes, caller: Caller, make: Callable[[int], None]) -> Entry:
+        self._check_length(name)
+        self._own_directory(parent)
+        with self._lock:
+            directory = self._living_directory(parent)
+            fd = self._nodes.directory_fd(directory)
+            make(fd)
+            return self._adopt(directory, fd, name, caller)
+
+    @staticmethod
+    def _check_length(name: bytes) -> None:
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long", name)
+
+    def _adopt(self, directory: Node, fd: int, name: bytes, caller: Caller) -> Entry:
+        """Give the just made ``name`` its owner and a node; if that fails, it is unmade."""
+        try:
+            info = self._give_to(fd, name, caller)
+            node = self._nodes.adopt(directory, name, info)
+            node.lookups += 1
+            return self._nodes.entry(node)
+        except BaseException:
+            sys.remove_tree(fd, name)
+            raise
+
+    @staticmethod
+    def _give_to(fd: int, name: bytes, caller: Caller) -> os.stat_result:
+        """Set the owner of the new ``name``; the group is the directory's if that has the setgid bit."""
+        info = os.lstat(name, dir_fd=fd)
+        gid = info.st_gid if os.stat(sys.fd_path(fd)).st_mode & stat.S_ISGID else caller.gid
+        if (info.st_uid, info.st_gid) == (caller.uid, gid):
+            return info
+        os.chown(name, caller.uid, gid, dir_fd=fd, follow_symlinks=False)
+        if info.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(info.st_mode):
+            os.chmod(name, stat.S_IMODE(info.st_mode), dir_fd=fd)  # chown took the bits
+        return os.lstat(name, dir_fd=fd)
+
+    def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Handle, Entry]:
+        """Make a regular file and open it, or open it if it is there and ``flags`` don't have ``O_EXCL``."""
+        self._check_length(name)
+        self._own_directory(parent)
+        with self._lock:
+            directory = self._living_directory(parent)
+            if not flags & os.O_EXCL:
+                present = self._nodes.child(directory, name)
+                if present is not None:
+                    handle = self.open(present.number, flags)
+                    present.lookups += 1
+                    return handle, self._nodes.entry(present)
+            fd = self._nodes.directory_fd(directory)
+            backing = os.open(name, flags & _BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode & 0o7777, dir_fd=fd)
+            try:
+                entry = self._adopt(directory, fd, name, caller)
+            except BaseException:
+                os.close(backing)
+                raise
+            return self._add_handle(self._nodes.get(entry.number), backing, flags), entry
+
+    def link(self, number: int, parent: int, name: bytes) -> Entry:
+        """Make ``name`` one more hard link to the node."""
+        self._check_length(name)
+        self._own_directory(parent)
+        with self._lock:
+            node = self._nodes.get(number)
+            fd = self._nodes.directory_fd(self._living_directory(parent))
+            if node.is_directory:
+                raise PermissionError(errno.EPERM, "a directory has one name", name)
+            if node.dead:
+                raise FileNotFoundError(errno.ENOENT, "the node was unlinked", name)
+            if self._exists(fd, name):
+                raise FileExistsError(errno.EEXIST, "exists", name)
+            if node.kind is Kind.OWN and not node.group:
+                source, source_name = self._nodes.location(node)
+                os.link(source_name, name, src_dir_fd=source, dst_dir_fd=fd, follow_symlinks=False)
+            else:
+                self._link_group(node, fd, name)
+            node.lookups += 1
+            return self._nodes.entry(node)
+
+    def _link_group(self, node: Node, fd: int, name: bytes) -> None:
+        assert node.template is not None
+        if not node.group:
+            self._owner.make_group(node)
+        self._owner.change_group_nlink(node, +1)
+        try:
+            node.template.plant_link(fd, name, node.entry)
+        except BaseException:
+            self._owner.change_group_nlink(node, -1)
+            raise
+
+    @staticmethod
+    def _exists(fd: int, name: bytes) -> bool:
+        try:
+            os.lstat(name, dir_fd=fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+    # -------------------------------------------------------------------------------------------------------- removing
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name of something that is no directory."""
+        self._own_directory(parent)
+        with self._lock:
+            directory = self._living_directory(parent)
+            node = self._existing(directory, name)
+            if node.is_directory:
+                raise IsADirectoryError(errno.EISDIR, "is a directory", name)
+            last = self._before_losing_name(node, directory, name)
+            known = not last and not node.group and self._known_as(node, directory, name)
+            os.unlink(name, dir_fd=self._nodes.directory_fd(directory))
+            self._after_losing_name(node, last=last, known=known)
+
+    def _existing(self, directory: Node, name: bytes) -> Node:
+        node = self._nodes.child(directory, name)
+        if node is None:
+            raise FileNotFoundError(errno.ENOENT, "no such name", name)
+        return node
+
+    def _before_losing_name(self, node: Node, directory: Node, name: bytes) -> bool:
+        """Make sure that the node stays usable; says whether it is about to lose its last name."""
+        now = self._nodes.attributes(node)
+        if now.nlink > 1 and not node.is_directory:
+            if node.handles and not node.group and not node.orphan and self._known_as(node, directory, name):
+                self._owner.keep_as_orphan(node)
+            return False
+        if node.handles and node.kind is Kind.OWN and not node.group and not node.orphan:
+            self._owner.keep_as_orphan(node)
+        node.last = now._replace(nlink=0)
+        return True
+
+    def _known_as(self, node: Node, directory: Node, name: bytes) -> bool:
+        return not node.lost and node_name(node) == name and self._nodes.parent(node).number == directory.number
+
+    def _after_losing_name(self, node: Node, *, last: bool, known: bool) -> None:
+        if node.group:
+            if self._owner.change_group_nlink(node, -1) <= 0:
+                self._owner.end_group(node)
+                self._nodes.bury(node)
+        elif last:
+            self._nodes.bury(node)
+        elif known:
+            self._nodes.lose_name(node)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory."""
+        self._own_directory(parent)
+        with self._lock:
+            directory = self._living_directory(parent)
+            node = self._existing(directory, name)
+            fd = self._nodes.directory_fd(directory)
+            if not node.is_directory:
+                raise NotADirectoryError(errno.ENOTDIR, "not a directory", name)
+            self._before_losing_name(node, directory, name)
+            if node.kind is Kind.FOLDED:
+                self._check_empty(node)
+                os.unlink(name, dir_fd=fd)
+                self._count_folded(directory, -1)
+            else:
+                os.rmdir(name, dir_fd=fd)
+            self._nodes.bury(node)
+
+    @staticmethod
+    def _check_empty(node: Node) -> None:
+        assert node.template is not None
+        if node.template.index.child_count[node.entry]:
+            raise OSError(errno.ENOTEMPTY, "directory not empty")
+
+    @staticmethod
+    def _count_folded(directory: Node, difference: int) -> None:
+        if directory.folded_children is not None:
+            directory.folded_children += difference
+
+    # -------------------------------------------------------------------------------------------------------- renaming
+
+    def rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
+        """rename(2) with the flags of renameat2(2)."""
+        if flags & ~(sys.RENAME_NOREPLACE | sys.RENAME_EXCHANGE | sys.RENAME_WHITEOUT):
+            raise OSError(errno.EINVAL, "unknown rename flags")
+        self._check_length(new_name)
+        self._own_directory(old_parent)
+        self._own_directory(new_parent)
+        with self._lock:
+            source_dir, target_dir = self._living_directory(old_parent), self._living_directory(new_parent)
+            source = self._existing(source_dir, old_name)
+            target = self._nodes.child(target_dir, new_name)
+            self._check_rename(source, target, source_dir, target_dir, flags)
+        if target is not None and not flags:
+            # A folded directory lies in the private area as a link, which can't replace a real directory or be replaced by one.
+            if source.kind is Kind.FOLDED and target.kind is Kind.DIRECTORY:
+                self._own_directory(source.number)
+            elif source.kind is Kind.DIRECTORY and target.kind is Kind.FOLDED:
+                self._own_directory(target.number)
+        with self._lock:
+            self._rename(old_parent, old_name, new_parent, new_name, flags)
+
+    def _check_rename(self, source: Node, target: Node | None, source_dir: Node, target_dir: Node, flags: int) -> None:
+        """What the kernel checks as well, and what only we know."""
+        if target is None:
+            if flags & sys.RENAME_EXCHANGE:
+                raise FileNotFoundError(errno.ENOENT, "nothing to exchange with")
+            self._check_not_below(source, target_dir)
+            return
+        if flags & sys.RENAME_NOREPLACE:
+            raise FileExistsError(errno.EEXIST, "exists")
+        self._check_not_below(source, target_dir)
+        if flags & sys.RENAME_EXCHANGE:
+            self._check_not_below(target, source_dir)
+            return
+        if target is source:
+            return
+        if source.is_directory and not target.is_directory:
+            raise NotADirectoryError(errno.ENOTDIR, "can't replace by a directory")
+        if target.is_directory and not source.is_directory:
+            raise IsADirectoryError(errno.EISDIR, "is a directory")
+        if target.kind is Kind.FOLDED:
+            self._check_empty(target)
+
+    def _check_not_below(self, node: Node, directory: Node) -> None:
+        """A directory can't be moved below itself."""
+        while node.is_directory and directory is not self._nodes.root:
+            if directory.number == node.number:
+                raise OSError(errno.EINVAL, "can't move a directory into itself")
+            directory = self._nodes.parent(directory)
+
+    def _rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        source_dir, target_dir = self._living_directory(old_parent), self._living_directory(new_parent)
+        source = self._existing(source_dir, old_name)
+        target = self._nodes.child(target_dir, new_name)
+        if target is not None and target.number == source.number:
+            return  # two names of one inode: rename(2) does nothing
+        self._nodes.register(source)
+        exchange = bool(flags & sys.RENAME_EXCHANGE)
+        last = known = False
+        if target is not None and not exchange:
+            last = self._before_losing_name(target, target_dir, new_name)
+            known = not last and not target.group and self._known_as(target, target_dir, new_name)
+        if source.kind is Kind.FOLDED and target_dir is not source_dir:
+            self._owner.mark_folds(target_dir)
+        if exchange and target is not None and target.kind is Kind.FOLDED:
+            self._owner.mark_folds(source_dir)
+        source_fd, target_fd = self._nodes.directory_fd(source_dir), self._nodes.directory_fd(target_dir)
+        sys.renameat2(source_fd, old_name, target_fd, new_name, flags)
+        if source.kind is Kind.FOLDED:
+            self._count_folded(source_dir, -1)
+            self._count_folded(target_dir, +1)
+        if target is not None and target.kind is Kind.FOLDED:
+            self._count_folded(target_dir, -1)
+            if exchange:
+                self._count_folded(source_dir, +1)
+        if target is not None and not exchange:
+            self._after_losing_name(target, last=last, known=known)
+        self._replaced(source, target_dir, new_name)
+        if target is not None and exchange:
+            self._replaced(target, source_dir, old_name)
+
+    def _replaced(self, node: Node, directory: Node, name: bytes) -> None:
+        """The node now lies at ``name`` in ``directory``."""
+        if not node.group:
+            self._nodes.place(node, directory, name)
+            self._nodes.register(node)
+
+    # --------------------------------------------------------------------------------------------------- open files
+
+    def open(self, number: int, flags: int) -> Handle:
+        """Open a regular file with the flags of open(2); opening a template's file for writing copies it up."""
+        writing = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
+        if writing:
+            self._own_file(number, 0 if flags & os.O_TRUNC else None)
+        with self._lock:
+            node = self._nodes.get(number)
+            if node.is_directory:
+                raise IsADirectoryError(errno.EISDIR, "is a directory")
+            if node.kind is not Kind.OWN:
+                assert node.template is not None
+                self._nodes.register(node)
+                return self._add_handle(node, node.template.open_file(node.entry), flags)
+            folder, name = self._nodes.location(node)
+            fd = os.open(name, flags & _BACKING_FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            return self._add_handle(node, fd, flags)
+
+    def _add_handle(self, node: Node, fd: int, flags: int) -> Handle:
+        handle = Handle(self._next_handle, node, fd, flags)
+        self._next_handle += 1
+        self._handles[handle.number] = handle
+        if node.handles is None:
+            node.handles = []
+        node.handles.append(handle)
+        return handle
+
+    def handle(self, number: int) -> Handle:
+        """The open file ``number``. Raises ``OSError`` ``EBADF``."""
+        try:
+            return self._handles[number]
+        except KeyError:
+            raise OSError(errno.EBADF, "no such open file") from None
+
+    def release(self, number: int) -> None:
+        """Close an open file; what was unlinked meanwhile is removed with its last one."""
+        with self._lock:
+            handle = self._handles.pop(number, None)
+            if handle is None:
+                return
+            os.close(handle.fd)
+            node = handle.node
+            assert node.handles is not None
+            node.handles.remove(handle)
+            if not node.handles:
+                node.handles = None
+                if node.orphan:
+                    os.unlink(node.orphan, dir_fd=self._area.orphans_fd)
+                    node.orphan = b""
+                self._nodes.drop_if_unused(node)
+
+    def sync_directory(self, number: int) -> None:
+        """fsync(2) of a directory; a folded one is on the disk already."""
+        with self._lock:
+            node = self._directory(number)
+            if node.kind is Kind.FOLDED or node.dead:
+                return
+            fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._nodes.directory_fd(node))
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    # -------------------------------------------------------------------------------------------------- attributes
+
+    def setattr(self, number: int, changes: Changes, handle: int | None = None) -> Attributes:
+        """Change attributes; of a template's file without its data, unless the size changes. Gives the new attributes."""
+        if changes.size is not None:
+            self._own_file(number, changes.size)
+        with self._lock:
+            node = self._nodes.get(number)
+            kind, dead = node.kind, node.dead
+        if kind is Kind.FOLDED:
+            self._own_directory(number)
+        elif kind in (Kind.TEMPLATE, Kind.RECORD):
+            if dead or not self._can_record(node, changes):
+                self._own_file(number)
+            else:
+                self._own_place(number)
+        with self._lock:
+            node = self._nodes.get(number)
+            if node.kind in (Kind.TEMPLATE, Kind.RECORD):
+                self._owner.change_record(node, lambda record: self._changed_record(node, record, changes))
+            elif not (node.dead and node.kind is Kind.FOLDED):
+                self._set_own(node, changes, self._handles.get(handle) if handle is not None else None)
+            return self._nodes.attributes(node)
+
+    def _can_record(self, node: Node, changes: Changes) -> bool:
+        """Whether a record can hold the changes: of a regular file, and a mode only where no ACL goes with it."""
+        assert node.template is not None
+        if not stat.S_ISREG(node.template.index.mode(node.entry)):
+            return False
+        with self._lock:
+            return changes.mode is None or not any(name in ACL_XATTRS for name in self._owner.xattrs(node))
+
+    def _changed_record(self, node: Node, record: Record, changes: Changes) -> Record:
+        mode = changes.mode
+        if mode is None and (changes.uid is not None or changes.gid is not None):
+            now = self._nodes.attributes(node).mode
+            kept = now & ~stat.S_ISUID & ~(stat.S_ISGID if now & stat.S_IXGRP else 0)  # as chown(2) does
+            mode = stat.S_IMODE(kept) if kept != now else None
+        new = {
+            "mode": mode,
+            "uid": changes.uid,
+            "gid": changes.gid,
+            "atime_ns": changes.atime_ns,
+            "mtime_ns": changes.mtime_ns,
+        }
+        return replace(record, **{key: value for key, value in new.items() if value is not None})
+
+    def _set_own(self, node: Node, changes: Changes, handle: Handle | None) -> None:
+        path = self._nodes.path(node)
+        if changes.size is not None:
+            self._truncate(node, path, changes.size, handle)
+        if changes.uid is not None or changes.gid is not None:
+            uid, gid = (-1 if changes.uid is None else changes.uid), (-1 if changes.gid is None else changes.gid)
+            os.chown(path, uid, gid, follow_symlinks=False)
+        if changes.mode is not None:
+            os.chmod(path, changes.mode & 0o7777)
+        if changes.atime_ns is not None or changes.mtime_ns is not None:
+            info = os.stat(path, follow_symlinks=False)
+            atime_ns = info.st_atime_ns if changes.atime_ns is None else changes.atime_ns
+            mtime_ns = info.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns
+            os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=False)
+
+    @staticmethod
+    def _truncate(node: Node, path: bytes, size: int, handle: Handle | None) -> None:
+        if handle is not None and handle.flags & os.O_ACCMODE != os.O_RDONLY and handle.node is node:
+            os.ftruncate(handle.fd, size)
+        else:
+            os.truncate(path, size)
+
+    # --------------------------------------------------------------------------------------------- extended attributes
+
+    def getxattr(self, number: int, name: bytes) -> bytes:
+        """Value of an extended attribute. Raises ``OSError`` ``ENODATA``."""
+        with self._lock:
+            node = self._nodes.get(number)
+            if not _is_reserved(name):
+                if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
+                    return os.getxattr(self._nodes.path(node), name, follow_symlinks=False)
+                value = self._owner.xattrs(node).get(os.fsdecode(name)) if not node.dead else None
+                if value is not None:
+                    return value
+            raise OSError(errno.ENODATA, "no such attribute", name)
+
+    def listxattr(self, number: int) -> list[bytes]:
+        """Names of the extended attributes that the container may see."""
+        with self._lock:
+            node = self._nodes.get(number)
+            if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
+                names = os.listxattr(self._nodes.path(node), follow_symlinks=False)
+            else:
+                names = list(self._owner.xattrs(node)) if not node.dead else []
+            return [raw for raw in map(os.fsencode, names) if not _is_reserved(raw)]
+
+    def setxattr(self, number: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Set an extended attribute, with the flags of setxattr(2)."""
+
+        def change(xattrs: dict[str, bytes]) -> None:
+            present = os.fsdecode(name) in xattrs
+            if flags & os.XATTR_CREATE and present:
+                raise FileExistsError(errno.EEXIST, "the attribute exists", name)
+            if flags & os.XATTR_REPLACE and not present:
+                raise OSError(errno.ENODATA, "no such attribute", name)
+            xattrs[os.fsdecode(name)] = value
+
+        self._change_xattrs(
+            number, name, change, lambda path: os.setxattr(path, name, value, flags, follow_symlinks=False)
+        )
+
+    def removexattr(self, number: int, name: bytes) -> None:
+        """Remove an extended attribute. Raises ``OSError`` ``ENODATA``."""
+
+        def change(xattrs: dict[str, bytes]) -> None:
+            if xattrs.pop(os.fsdecode(name), None) is None:
+                raise OSError(errno.ENODATA, "no such attribute", name)
+
+        self._change_xattrs(number, name, change, lambda path: os.removexattr(path, name, follow_symlinks=False))
+
+    def _change_xattrs(
+        self,
+        number: int,
+        name: bytes,
+        change: Callable[[dict[str, bytes]], None],
+        change_own: Callable[[bytes], None],
+    ) -> None:
+        if _is_reserved(name):
+            raise PermissionError(errno.EPERM, "a reserved attribute", name)
+        with self._lock:
+            node = self._nodes.get(number)
+            if node.kind in (Kind.TEMPLATE, Kind.RECORD):
+                change(dict(self._owner.xattrs(node)))  # what fails changes nothing
+        if node.kind is Kind.FOLDED:
+            self._own_directory(number)
+        elif node.kind in (Kind.TEMPLATE, Kind.RECORD):
+            if self._recorded_xattrs(number, name, change):
+                return
+            self._own_file(number)
+        with self._lock:
+            change_own(self._nodes.path(self._nodes.get(number)))
+
+    def _recorded_xattrs(self, number: int, name: bytes, change: Callable[[dict[str, bytes]], None]) -> bool:
+        """Keep the change in a record, if it fits there; ACLs don't, they go with the mode."""
+        self._own_place(number)
+        with self._lock:
+            node = self._nodes.get(number)
+            if node.dead or node.kind not in (Kind.TEMPLATE, Kind.RECORD) or os.fsdecode(name) in ACL_XATTRS:
+                return False
+            assert node.template is not None
+            if not stat.S_ISREG(node.template.index.mode(node.entry)):
+                return False
+            xattrs = dict(self._owner.xattrs(node))
+            change(xattrs)
+            try:
+                self._owner.change_record(node, lambda record: replace(record, own_xattrs=True), xattrs)
+            except OSError as error:
+                if not no_space(error):
+                    raise
+                return False
+            return True
+
+
+def _is_reserved(name: bytes) -> bool:
+    return name.startswith(RESERVED_PREFIX.encode())
+
+
+def now_ns() -> int:
+    """The time for attributes that are set to "now", nanoseconds since 1970."""
+    return time.time_ns()
+
+
+__all__ = ["ROOT_NUMBER", "Caller", "Changes", "Entry", "Handle", "Tree", "now_ns"]
