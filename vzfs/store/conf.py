@@ -35,7 +35,9 @@ class Conf:
         try:
             return Conf(path, path.read_text(encoding="utf-8", errors="surrogateescape"))
         except (IsADirectoryError, NotADirectoryError) as error:
-            raise DamagedError(f"{path} is not a configuration file", remedy="put the container's conf there") from error
+            raise DamagedError(
+                f"{path} is not a configuration file", remedy="put the container's conf there"
+            ) from error
 
     def get(self, key: str, default: str = "") -> str:
         """Value of ``key``, the last line that sets it winning."""

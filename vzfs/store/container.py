@@ -50,7 +50,8 @@ def existing_container(layout: Layout, ct: CtId) -> Path:
     path = container_path(layout, ct)
     if not (path / CONF).is_file() or not (path / PRIVATE_AREA).is_dir():
         raise NotFoundError(
-            f"there is no container at {path}", remedy=f"make it with: vzfs create {ct} --template NAME; vzfs list shows all"
+            f"there is no container at {path}",
+            remedy=f"make it with: vzfs create {ct} --template NAME; vzfs list shows all",
         )
     return path
 
@@ -69,7 +70,12 @@ def container_paths(layout: Layout) -> list[Path]:
 
 
 def create_container(
-    layout: Layout, ct: CtId, template: str, *, name: str | None = None, mountpoint: str | os.PathLike[str] | None = None
+    layout: Layout,
+    ct: CtId,
+    template: str,
+    *,
+    name: str | None = None,
+    mountpoint: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Make the container ``ct`` from ``template``; ``name`` and ``mountpoint`` go into its conf.
 
@@ -100,7 +106,9 @@ def create_container(
 def _free_path(layout: Layout, ct: CtId) -> Path:
     text = str(ct) if isinstance(ct, int) else os.fspath(ct)
     if "/" not in text and not _NUMBER.fullmatch(text):
-        raise UsageError(f"{text!r} can't be a new container", remedy="give a number such as 101, or a path; --name gives it a name")
+        raise UsageError(
+            f"{text!r} can't be a new container", remedy="give a number such as 101, or a path; --name gives it a name"
+        )
     path = container_path(layout, ct)
     if os.path.lexists(path):
         raise ExistsError(f"{path} exists already", remedy=f"choose another, or remove it with: vzfs destroy {text}")
@@ -109,7 +117,9 @@ def _free_path(layout: Layout, ct: CtId) -> Path:
 
 def _check_name(layout: Layout, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name) or name.isdecimal():
-        raise UsageError(f"{name!r} can't be a container's NAME", remedy="use letters, digits, '_', '.' and '-', not only digits")
+        raise UsageError(
+            f"{name!r} can't be a container's NAME", remedy="use letters, digits, '_', '.' and '-', not only digits"
+        )
     with contextlib.suppress(NotFoundError):
         raise ExistsError(f"{container_path(layout, name)} has the NAME {name!r} already", remedy="choose another")
 

@@ -5,12 +5,37 @@ from __future__ import annotations
 import os
 import stat
 
+from vzfs.errors import NotFoundError
 from vzfs.store import sys
 from vzfs.store.faults import step
 from vzfs.store.index import Attributes
-from vzfs.store.layout import ORIGIN_XATTR, Layout, farm_entry
+from vzfs.store.layout import ORIGIN_XATTR, Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import MagicLink
-from vzfs.store.template import open_index
+
+
+def template_names(layout: Layout) -> list[str]:
+    """Names of the store's templates, sorted."""
+    try:
+        names = os.listdir(layout.templates_meta)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if not name.startswith(".") and _exists(layout.template(name)))
+
+
+def _exists(paths: TemplatePaths) -> bool:
+    return paths.index.is_file() and paths.tree.is_dir()
+
+
+def open_index(layout: Layout, name: str) -> Index:
+    """Map the index of template ``name``. Raises ``NotFoundError``, ``DamagedError``."""
+    paths = layout.template(name)
+    if not _exists(paths):
+        known = ", ".join(template_names(layout)) or "none"
+        raise NotFoundError(
+            f"there is no template {name!r} in {layout.root}",
+            remedy=f"there are: {known}; make one with: vzfs template create {name} --from SOURCE",
+        )
+    return Index(paths.index)
 
 
 class OpenTemplate:

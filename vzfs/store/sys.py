@@ -38,7 +38,9 @@ PATH_MAX = 4096
 """Bytes of a path in one system call, the final NUL included (<linux/limits.h>)."""
 
 _NR_OPENAT2 = 437  # the same on every architecture since Linux 5.6
-_NR_RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "riscv64": 276, "ppc64le": 357, "s390x": 347}.get(platform.machine(), -1)
+_NR_RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "riscv64": 276, "ppc64le": 357, "s390x": 347}.get(
+    platform.machine(), -1
+)
 _COPY_CHUNK = 128 << 20
 """Bytes given to one copy_file_range call: long enough to be free of overhead, short enough to be interruptible."""
 
@@ -71,7 +73,8 @@ def renameat2(src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) 
         os.rename(src, dst, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
         return
     _check(
-        _libc.syscall(_NR_RENAMEAT2, src_fd, ctypes.c_char_p(src), dst_fd, ctypes.c_char_p(dst), ctypes.c_uint(flags)), dst
+        _libc.syscall(_NR_RENAMEAT2, src_fd, ctypes.c_char_p(src), dst_fd, ctypes.c_char_p(dst), ctypes.c_uint(flags)),
+        dst,
     )
 
 

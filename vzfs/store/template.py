@@ -23,7 +23,7 @@ from pathlib import Path
 
 import xattr
 
-from vzfs.errors import BusyError, ExistsError, FullError, NotFoundError, SourceError, VzfsError
+from vzfs.errors import BusyError, ExistsError, FullError, SourceError
 from vzfs.store import sys
 from vzfs.store.index import (
     INO_START,
@@ -36,6 +36,7 @@ from vzfs.store.index import (
 )
 from vzfs.store.layout import LINK_BUCKET, OWN_FOLDER_MODE, RESERVED_PREFIX, Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import TARGET_MAX, MagicLink
+from vzfs.store.opened import open_index, template_names
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
 from vzfs.store.sources import SourceOptions, populate
@@ -59,34 +60,6 @@ class TemplateInfo:
     ino_base: int
     index_size: int
     used_by: list[str]
-
-
-# ------------------------------------------------------------------------------------------------------------ finding
-
-
-def template_names(layout: Layout) -> list[str]:
-    """Names of the store's templates, sorted."""
-    try:
-        names = os.listdir(layout.templates_meta)
-    except FileNotFoundError:
-        return []
-    return sorted(name for name in names if not name.startswith(".") and _exists(layout.template(name)))
-
-
-def _exists(paths: TemplatePaths) -> bool:
-    return paths.index.is_file() and paths.tree.is_dir()
-
-
-def open_index(layout: Layout, name: str) -> Index:
-    """Map the index of template ``name``. Raises ``NotFoundError``, ``DamagedError``."""
-    paths = layout.template(name)
-    if not _exists(paths):
-        known = ", ".join(template_names(layout)) or "none"
-        raise NotFoundError(
-            f"there is no template {name!r} in {layout.root}",
-            remedy=f"there are: {known}; make one with: vzfs template create {name} --from SOURCE",
-        )
-    return Index(paths.index)
 
 
 # ------------------------------------------------------------------------------------------------------------- making
@@ -117,7 +90,13 @@ def create_template(
             _make_link_farm(meta, name, entries, progress)
             with _store_lock(layout):
                 _refuse_existing(paths, name)
-                about = Meta(name, _about_source(source), _free_ino_base(layout, len(entries)), time.time_ns(), _data_size(entries))
+                about = Meta(
+                    name,
+                    _about_source(source),
+                    _free_ino_base(layout, len(entries)),
+                    time.time_ns(),
+                    _data_size(entries),
+                )
                 with open(meta / "index", "xb") as file:
                     write_index(file, entries, about)
                     os.fsync(file.fileno())
@@ -126,7 +105,9 @@ def create_template(
                 os.rename(meta, paths.meta)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FullError(f"no space left for template {name} in {layout.root}", remedy="free some space there") from error
+            raise FullError(
+                f"no space left for template {name} in {layout.root}", remedy="free some space there"
+            ) from error
         raise
 
 
@@ -138,7 +119,9 @@ def _refuse_existing(paths: TemplatePaths, name: str) -> None:
     if paths.index.exists():
         raise ExistsError(f"template {name} exists already", remedy=f"remove it with: vzfs template remove {name}")
     if os.path.lexists(paths.tree):
-        raise ExistsError(f"{paths.tree} is in the way and no template of vzfs", remedy="move it away or choose another name")
+        raise ExistsError(
+            f"{paths.tree} is in the way and no template of vzfs", remedy="move it away or choose another name"
+        )
 
 
 def _flush(tree: Path) -> None:
@@ -239,7 +222,8 @@ def _scan_directory(root: int, number: int, entries: list[EntryData], paths: lis
             child_path = path + b"/" + child if path else child
             if len(child_path) > room:
                 raise SourceError(
-                    f"the path {printable(child_path[:200])}… is {len(child_path)} bytes long", remedy=f"{room} are the limit"
+                    f"the path {printable(child_path[:200])}… is {len(child_path)} bytes long",
+                    remedy=f"{room} are the limit",
                 )
             info = os.lstat(child, dir_fd=fd)
             blob = b""
@@ -293,7 +277,9 @@ def _make_link_farm(meta: Path, name: str, entries: list[EntryData], progress: P
 def _free_ino_base(layout: Layout, count: int) -> int:
     """The first stretch of ``count`` inode numbers that no template of this store has."""
     base = INO_START
-    for index in sorted((open_index(layout, name) for name in template_names(layout)), key=lambda index: index.ino_base):
+    for index in sorted(
+        (open_index(layout, name) for name in template_names(layout)), key=lambda index: index.ino_base
+    ):
         if base + count <= index.ino_base:
             break
         base = -(-(index.ino_base + index.count) // _INO_ALIGN) * _INO_ALIGN
@@ -470,17 +456,3 @@ def _verify_farm(paths: TemplatePaths, name: str, index: Index) -> list[Problem]
         if found != text:
             problems.append(Problem(str(path), "link farm", f"should be a link to {printable(text)}"))
     return problems
-
-
-__all__ = [
-    "TemplateInfo",
-    "VzfsError",
-    "create_template",
-    "dump_template",
-    "open_index",
-    "printable",
-    "remove_template",
-    "template_info",
-    "template_names",
-    "verify_template",
-]

@@ -12,16 +12,17 @@ from vzfs.tree.node import Entry
 
 
 class Listing:
-    """Names of directory ``number``; positions 0 and 1 are ``.`` and ``..``, then come ``names``."""
+    """Names in directory ``number``, ``.`` and ``..`` first; a removed directory has none. ``started`` is the caller's."""
 
-    __slots__ = ("_describe", "_names", "number")
+    __slots__ = ("_describe", "_names", "number", "started")
 
     def __init__(
         self, number: int, names: Callable[[int], Sequence[bytes]], describe: Callable[[int, bytes], Entry | None]
     ) -> None:
         self.number = number
+        self.started = False
         self._describe = describe
-        self._names = [b".", b"..", *names(number)]
+        self._names = names(number)
 
     def __len__(self) -> int:
         return len(self._names)

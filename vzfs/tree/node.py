@@ -62,7 +62,14 @@ class Node:
     )
 
     def __init__(
-        self, number: int, kind: Kind, ino: int, template: OpenTemplate | None = None, entry: int = 0, *, group: bool = False
+        self,
+        number: int,
+        kind: Kind,
+        ino: int,
+        template: OpenTemplate | None = None,
+        entry: int = 0,
+        *,
+        group: bool = False,
     ) -> None:
         self.number = number
         self.kind = kind

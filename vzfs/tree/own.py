@@ -80,7 +80,9 @@ class Owner:
 
     def stage_file(self, source_fd: int, name: bytes, size: int) -> None:
         """Stage a copy of the first ``size`` bytes of ``source_fd``; it has no attributes yet."""
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._area.stage_fd)
+        fd = os.open(
+            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._area.stage_fd
+        )
         try:
             step("copy-up:made")
             if size:
@@ -153,7 +155,9 @@ class Owner:
 
     # --------------------------------------------------------------------------------------------------- attributes
 
-    def change_record(self, node: Node, change: Callable[[Record], Record], xattrs: dict[str, bytes] | None = None) -> None:
+    def change_record(
+        self, node: Node, change: Callable[[Record], Record], xattrs: dict[str, bytes] | None = None
+    ) -> None:
         """Keep changed attributes of a template file, and its whole set of extended attributes if given, without its data."""
         record = self._record(node)
         record = change(record)

@@ -40,6 +40,8 @@ SLOW_COPY = 128 << 10
 """Bytes of a file whose copy-up is long work: about a millisecond with its flush."""
 SLOW_UNFOLD = 64
 """Entries of a directory whose unfolding is long work: about a millisecond."""
+SLOW_LISTING = 2048
+"""Names in a directory whose reading is long work; 64 bytes each in a directory's size."""
 _BACKING_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 """Flags of a program's open(2) that the backing file is opened with. The kernel itself deals with O_APPEND and O_DIRECT."""
 
@@ -137,6 +139,17 @@ class Tree:
         """Start listing the directory ``number``."""
         return Listing(number, self._names, self._describe)
 
+    def slow_to_list(self, number: int) -> bool:
+        """Whether reading the names of the directory is long work, to be done in a thread."""
+        with self._lock:
+            node = self._directory(number)
+            if node.dead:
+                return False
+            if node.kind is Kind.FOLDED:
+                assert node.template is not None
+                return node.template.index.child_count[node.entry] > SLOW_LISTING
+            return os.stat(sys.fd_path(self._nodes.directory_fd(node))).st_size > SLOW_LISTING * 64
+
     def _names(self, number: int) -> Sequence[bytes]:
         with self._lock:
             node = self._directory(number)
@@ -145,10 +158,10 @@ class Tree:
             if node.kind is Kind.FOLDED:
                 assert node.template is not None
                 index = node.template.index
-                return [index.name(child) for child in index.children(node.entry)]
+                return [b".", b"..", *(index.name(child) for child in index.children(node.entry))]
             fd = os.dup(self._nodes.directory_fd(node))
         try:
-            return list_names(fd)
+            return [b".", b"..", *list_names(fd)]
         finally:
             os.close(fd)
 
@@ -361,7 +374,12 @@ class Tree:
                     present.lookups += 1
                     return handle, self._nodes.entry(present)
             fd = self._nodes.directory_fd(directory)
-            backing = os.open(name, flags & _BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode & 0o7777, dir_fd=fd)
+            backing = os.open(
+                name,
+                flags & _BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+                mode & 0o7777,
+                dir_fd=fd,
+            )
             try:
                 entry = self._adopt(directory, fd, name, caller)
             except BaseException:

@@ -1,0 +1,297 @@
+"""The Python interface for lifecycle managers, which the command line uses as well.
+
+    from vzfs import Store
+
+    store = Store()                                  # $VZFS_ROOT or /vz
+    container = store.create(101, template="debian-12")
+    with container.mounted() as root:
+        subprocess.run(["chroot", root, "/bin/sh", "-c", "echo hello > /etc/motd"])
+    print(list(container.diff()))
+    container.destroy()
+
+Every call is synchronous and may be made from any thread; every deliberate error is a ``VzfsError``. Root is needed for
+all that changes something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vzfs.errors import NotMountedError, UnsupportedError
+from vzfs.fuse import mount as mounts
+from vzfs.store.conf import OSTEMPLATE, VE_ROOT, Conf
+from vzfs.store.container import (
+    CtId,
+    container_paths,
+    create_container,
+    destroy_container,
+    existing_container,
+    template_users,
+)
+from vzfs.store.layout import CONF, Layout
+from vzfs.store.lock import read_holder
+from vzfs.store.problem import Problem
+from vzfs.store.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from vzfs.store.diff import Change
+    from vzfs.store.sources import SourceOptions
+    from vzfs.store.template import TemplateInfo
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a container is doing; ``since`` in seconds since 1970, ``ct`` its number, else its path."""
+
+    ct: str
+    path: str
+    template: str
+    mounted: bool
+    mountpoint: str | None
+    pid: int | None
+    engine: str | None
+    since: float | None
+    read_only: bool
+
+
+class Store:
+    """The templates and containers below one root directory, ``$VZFS_ROOT`` or ``/vz`` if not given."""
+
+    def __init__(self, root: StrPath | None = None) -> None:
+        self.layout = Layout.at(root)
+
+    @property
+    def root(self) -> Path:
+        """The root directory."""
+        return self.layout.root
+
+    def create_template(
+        self, name: str, source: str, options: SourceOptions | None = None, progress: Progress = no_progress
+    ) -> Template:
+        """Make a template from a directory, a tar archive, ``-`` or ``debootstrap:SUITE``; it takes as long as copying it.
+
+        Raises ``UsageError``, ``ExistsError``, ``SourceError``, ``FullError``, ``UnsupportedError``; nothing is left then.
+        """
+        from vzfs.store.template import create_template
+
+        _need_root()
+        create_template(self.layout, name, source, options, progress)
+        return Template(self, name)
+
+    def templates(self) -> list[Template]:
+        """All templates, by name."""
+        from vzfs.store.opened import template_names
+
+        return [Template(self, name) for name in template_names(self.layout)]
+
+    def template(self, name: str) -> Template:
+        """The template ``name``. Raises ``NotFoundError``."""
+        from vzfs.store.opened import open_index
+
+        open_index(self.layout, name)
+        return Template(self, name)
+
+    def create(
+        self, ct: CtId, *, template: str, name: str | None = None, mountpoint: StrPath | None = None
+    ) -> Container:
+        """Make a container, in milliseconds and a few blocks whatever the template's size.
+
+        ``ct`` is a number or a path, ``name`` and ``mountpoint`` go into its conf. Raises ``ExistsError``,
+        ``NotFoundError`` (the template), ``UsageError``, ``FullError``.
+        """
+        _need_root()
+        return Container(self, create_container(self.layout, ct, template, name=name, mountpoint=mountpoint))
+
+    def containers(self) -> list[Container]:
+        """The containers in the store's own folder, by number."""
+        return [Container(self, path) for path in container_paths(self.layout)]
+
+    def container(self, ct: CtId) -> Container:
+        """The container with this number, path or NAME. Raises ``NotFoundError``, ``UsageError``."""
+        return Container(self, existing_container(self.layout, ct))
+
+
+class Template:
+    """A sealed template."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store = store
+        self.name = name
+
+    @property
+    def path(self) -> Path:
+        """Where its files are."""
+        return self.store.layout.template(self.name).tree
+
+    def users(self) -> list[Container]:
+        """The containers that need it."""
+        return [Container(self.store, path) for path in template_users(self.store.layout, self.name)]
+
+    def info(self) -> TemplateInfo:
+        """Its figures."""
+        from vzfs.store.template import template_info
+
+        return template_info(self.store.layout, self.name, [container.ct for container in self.users()])
+
+    def dump(self) -> Iterator[str]:
+        """Its index as lines of text."""
+        from vzfs.store.template import dump_template
+
+        return dump_template(self.store.layout, self.name)
+
+    def verify(self, progress: Progress = no_progress) -> list[Problem]:
+        """Compare every file's content and attributes with the index; reads all of it."""
+        from vzfs.store.template import verify_template
+
+        return verify_template(self.store.layout, self.name, progress)
+
+    def remove(self) -> None:
+        """Remove it. Raises ``BusyError`` naming the containers that need it."""
+        from vzfs.store.template import remove_template
+
+        _need_root()
+        remove_template(self.store.layout, self.name, [container.ct for container in self.users()])
+
+
+class Container:
+    """A container's directory and, while mounted, its root."""
+
+    def __init__(self, store: Store, path: Path) -> None:
+        self.store = store
+        self.path = path
+
+    @property
+    def alias(self) -> str:
+        """The last part of its path."""
+        return self.path.name
+
+    @property
+    def ct(self) -> str:
+        """How to call it: its number, or its path if it lies elsewhere."""
+        return self.alias if self.path.parent == self.store.layout.containers else str(self.path)
+
+    @property
+    def conf(self) -> Conf:
+        """Its settings, read anew."""
+        return Conf.load(self.path / CONF)
+
+    @property
+    def mountpoint(self) -> Path:
+        """Where it is mounted if nothing else is said: ``VE_ROOT``, with ``$VEID`` replaced, else the store's ``root`` folder."""
+        configured = self.conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
+        return Path(configured) if configured else self.store.layout.mounts / self.alias
+
+    def mount(
+        self,
+        mountpoint: StrPath | None = None,
+        *,
+        read_only: bool = False,
+        engine: str = "auto",
+        sync: str = "data",
+        log: str | None = None,
+        timeout: float = 10.0,
+    ) -> Path:
+        """Mount it, served by a process of its own, and return where when the root is usable.
+
+        ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``; ``log`` is a file (``vzfs.log`` in the
+        container), ``journal`` or ``-``; ``timeout`` is in seconds. Raises ``BusyError`` when it is mounted already,
+        ``UsageError``, ``UnsupportedError``, ``DamagedError``, ``NotFoundError`` (its template).
+        """
+        _need_root()
+        order = self._order(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)
+        mounts.start(order, timeout)
+        return Path(str(order["mountpoint"]))
+
+    def serve(
+        self,
+        mountpoint: StrPath | None = None,
+        *,
+        read_only: bool = False,
+        engine: str = "auto",
+        sync: str = "data",
+        log: str | None = "-",
+    ) -> None:
+        """Mount it and serve it in this process, from its main thread, until it is unmounted or SIGTERM or SIGINT comes."""
+        from vzfs.fuse.serve import Order, serve
+
+        _need_root()
+        serve(Order(**self._order(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)))  # type: ignore[arg-type]
+
+    def _order(
+        self, mountpoint: StrPath | None, *, read_only: bool, engine: str, sync: str, log: str | None
+    ) -> dict[str, object]:
+        where = os.path.abspath(mountpoint) if mountpoint is not None else str(self.mountpoint)
+        return {
+            "root": str(self.store.root),
+            "container": str(self.path),
+            "mountpoint": os.path.realpath(where),
+            "engine": engine,
+            "read_only": read_only,
+            "sync": sync,
+            "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / "vzfs.log"),
+        }
+
+    def umount(self, *, lazy: bool = False, timeout: float = 10.0) -> None:
+        """Unmount it and wait, up to ``timeout`` seconds, until its serving process has ended.
+
+        ``lazy`` takes it out of sight at once; it ends when its last file is closed. Raises ``NotMountedError``,
+        ``BusyError`` naming the processes that use it.
+        """
+        _need_root()
+        holder = read_holder(self.path)
+        where = holder.mountpoint if holder and holder.mountpoint else os.path.realpath(self.mountpoint)
+        mounts.unmount(self.path, Path(where), lazy=lazy, timeout_s=timeout)
+
+    @contextlib.contextmanager
+    def mounted(self, mountpoint: StrPath | None = None, **options: object) -> Iterator[Path]:
+        """Mount it for a ``with`` block; options are those of ``mount``."""
+        where = self.mount(mountpoint, **options)  # type: ignore[arg-type]
+        try:
+            yield where
+        finally:
+            with contextlib.suppress(NotMountedError):
+                self.umount()
+
+    def status(self) -> Status:
+        """What it is doing now."""
+        holder = read_holder(self.path)
+        return Status(
+            ct=self.ct,
+            path=str(self.path),
+            template=self.conf.get(OSTEMPLATE),
+            mounted=holder is not None and holder.doing == "serves",
+            mountpoint=holder.mountpoint if holder else None,
+            pid=holder.pid if holder else None,
+            engine=holder.engine if holder else None,
+            since=holder.since if holder else None,
+            read_only=holder.read_only if holder else False,
+        )
+
+    def diff(self, *, content: bool = False) -> Iterator[Change]:
+        """What it added, changed, renamed and removed against its template; with ``content`` also how text differs."""
+        from vzfs.store.diff import diff_container
+
+        return diff_container(self.store.layout, self.path, content=content)
+
+    def check(self, *, repair: bool = False) -> list[Problem]:
+        """Find what an interrupted or foreign change left wrong, and repair it if asked. Raises ``BusyError`` while mounted."""
+        from vzfs.store.check import check_container
+
+        return check_container(self.store.layout, self.path, repair=repair)
+
+    def destroy(self) -> None:
+        """Remove it and all its data. Raises ``BusyError`` while it is mounted."""
+        _need_root()
+        destroy_container(self.store.layout, self.path)
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        raise UnsupportedError("this needs root", remedy="run it as root, e.g. with sudo")

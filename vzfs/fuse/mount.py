@@ -1,0 +1,171 @@
+"""Starting and ending serving processes, from outside of them.
+
+Rule: imports neither trio nor pyfuse3, so that the command line stays fast; the serving process is a new interpreter, so a
+lifecycle manager may have threads, its own trio, or whatever it likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import subprocess
+import sys as python
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vzfs import errors
+from vzfs.errors import BusyError, NotMountedError, UnsupportedError, UsageError, VzfsError
+from vzfs.store import sys
+from vzfs.store.lock import read_holder
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One line of /proc/self/mountinfo: where and what."""
+
+    mountpoint: str
+    fstype: str
+    source: str
+
+
+def mount_table() -> Iterator[MountEntry]:
+    """All mounts that this process sees, the topmost of a place last."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.split()
+            separator = fields.index("-", 6)
+            yield MountEntry(_unescape(fields[4]), fields[separator + 1], _unescape(fields[separator + 2]))
+
+
+def _unescape(text: str) -> str:
+    for code in ("\\040", "\\011", "\\012"):
+        text = text.replace(code, chr(int(code[1:], 8)))
+    return text.replace("\\134", "\\")
+
+
+def is_fuse_mount(mountpoint: Path) -> bool:
+    """Whether the topmost mount at ``mountpoint`` is of vzfs."""
+    kinds = [entry.fstype for entry in mount_table() if entry.mountpoint == os.path.abspath(mountpoint)]
+    return bool(kinds) and kinds[-1] == "fuse.vzfs"
+
+
+def unmount_dead(mountpoint: Path) -> None:
+    """Take away mounts of vzfs at ``mountpoint`` whose serving process is gone."""
+    while is_fuse_mount(mountpoint):
+        try:
+            os.stat(mountpoint)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+                return
+        sys.umount2(os.fsencode(mountpoint), sys.MNT_DETACH)
+
+
+def start(order: dict[str, object], timeout_s: float) -> None:
+    """Start a detached serving process and return when the root is usable.
+
+    ``order`` has the fields of ``serve.Order``. Raises the ``VzfsError`` that kept the process from mounting.
+    """
+    read_end, write_end = os.pipe()
+    try:
+        # The environment finds the same vzfs, installed or not.
+        path = os.pathsep.join(filter(None, (str(Path(errors.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))))
+        process = subprocess.Popen(
+            [python.executable, "-m", "vzfs.fuse.serve", json.dumps(order), str(write_end)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(write_end,),
+            start_new_session=True,
+            cwd="/",
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        os.close(write_end)
+        write_end = -1
+        message = _read_report(read_end, timeout_s)
+    finally:
+        os.close(read_end)
+        if write_end >= 0:
+            os.close(write_end)
+    if message is None:
+        process.terminate()
+        raise VzfsError(f"the root was not usable within {timeout_s:g} s", remedy=f"see the log {order['log']}")
+    if "error" in message:
+        process.wait()
+        kind = getattr(errors, str(message["error"]), VzfsError)
+        raise kind(str(message["message"]), remedy=str(message["remedy"]))
+
+
+def _read_report(fd: int, timeout_s: float) -> dict[str, object] | None:
+    """The serving process's report, ``None`` after ``timeout_s``; its silent death is a report, too."""
+    data = b""
+    end = time.monotonic() + timeout_s
+    while select.select([fd], [], [], max(0.0, end - time.monotonic()))[0]:
+        chunk = os.read(fd, 65536)
+        data += chunk
+        if data.endswith(b"\n"):
+            message: dict[str, object] = json.loads(data)
+            return message
+        if not chunk:
+            return {"error": "VzfsError", "message": "the serving process died while mounting", "remedy": "see its log"}
+    return None
+
+
+def unmount(container: Path, mountpoint: Path, *, lazy: bool, timeout_s: float) -> None:
+    """Unmount and wait until the serving process is done.
+
+    Raises ``NotMountedError``, ``BusyError`` (files are open there, and not ``lazy``).
+    """
+    if not is_fuse_mount(mountpoint):
+        holder = read_holder(container)
+        if holder is not None:
+            raise BusyError(
+                f"process {holder.pid} {holder.doing} {container} elsewhere", remedy="unmount it from there"
+            )
+        raise NotMountedError(
+            f"container {container} is not mounted", remedy=f"mount it with: vzfs mount {container.name}"
+        )
+    try:
+        sys.umount2(os.fsencode(mountpoint), sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BusyError(f"{mountpoint} is in use{_users(mountpoint)}", remedy="end them, or use --lazy") from error
+        if error.errno == errno.EPERM:
+            raise UnsupportedError("unmounting needs root", remedy="run it as root") from error
+        raise UsageError(f"can't unmount {mountpoint}: {error.strerror}") from error
+    if lazy:
+        return
+    end = time.monotonic() + timeout_s
+    while read_holder(container) is not None:
+        if time.monotonic() > end:
+            raise VzfsError(
+                f"the serving process of {container} did not end within {timeout_s:g} s", remedy="see its log"
+            )
+        time.sleep(0.005)
+
+
+def _users(mountpoint: Path) -> str:
+    """Which processes use the mount, as far as can be seen, to be put into a message."""
+    pids = sorted(pid for pid in map(_as_pid, os.listdir("/proc")) if pid and _uses(pid, str(mountpoint)))
+    return f" by process {', '.join(map(str, pids[:8]))}" if pids else ""
+
+
+def _as_pid(name: str) -> int:
+    return int(name) if name.isdecimal() else 0
+
+
+def _uses(pid: int, mountpoint: str) -> bool:
+    links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root", f"/proc/{pid}/exe"]
+    with contextlib.suppress(OSError):
+        links += [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+    for link in links:
+        with contextlib.suppress(OSError):
+            target = os.readlink(link)
+            if target == mountpoint or target.startswith(mountpoint + "/"):
+                return True
+    return False

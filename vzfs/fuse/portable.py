@@ -1,0 +1,349 @@
+"""The pyfuse3 engine: FUSE requests to the tree's operations, on trio. Runs wherever libfuse 3 does.
+
+Rules:
+- Names and attributes are cached by the kernel without limit: this mount is the only writer of its private area.
+- What is quick is done at once; what the tree calls slow, flushes to the disk and reads that would wait for it are done in
+  a thread, so other requests go on.
+- No exception leaves a handler but ``FUSEError``: an ``OSError`` becomes its errno, anything else EIO and a log entry
+  that names the request.
+
+Node numbers are inode numbers here, because pyfuse3 has one field for both. FLUSH is refused once (ENOSYS), after which
+the kernel sends none. What this engine can't do, because libfuse 3.14 or pyfuse3 don't pass it on: fallocate, SEEK_HOLE,
+O_TMPFILE, copy_file_range (the kernel copies through the page cache instead), ioctl, ``..`` of handles.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import pyfuse3
+import trio
+
+from vzfs.store.index import LIFETIME_S, Attributes
+from vzfs.tree.listing import Listing
+from vzfs.tree.node import ROOT_NUMBER, Entry, Handle
+from vzfs.tree.tree import Caller, Changes, Tree
+
+log = logging.getLogger(__name__)
+
+THREADS = 16
+"""Requests that may wait for the disk at once."""
+SMALL_WRITE = 128 << 10
+"""Bytes up to which a write into the page cache is done without a thread: tens of microseconds."""
+_RWF_NOWAIT = 8  # <linux/fs.h>: fail with EAGAIN instead of waiting for the disk
+
+T = TypeVar("T")
+Handler = Callable[..., Awaitable[T]]
+
+
+def _guarded(handler: Handler[T]) -> Handler[T]:
+    """Turn whatever goes wrong into an errno, and log what should not have happened."""
+
+    @functools.wraps(handler)
+    async def guarded(self: Engine, *arguments: Any) -> T:
+        try:
+            return await handler(self, *arguments)
+        except OSError as error:
+            if not error.errno:
+                log.exception("%s%r failed without an errno", handler.__name__, arguments)
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except (pyfuse3.FUSEError, trio.Cancelled):
+            raise
+        except Exception:
+            log.exception("%s%r failed", handler.__name__, arguments)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return guarded
+
+
+class Engine(pyfuse3.Operations):
+    """Request handlers of one mount."""
+
+    supports_dot_lookup = False
+    enable_acl = True
+    enable_writeback_cache = False  # write errors such as a full disk must reach the writer
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__()
+        self._tree = tree
+        self._limiter = trio.CapacityLimiter(THREADS)
+        self._listings: dict[int, Listing] = {}
+        self._next_listing = 1
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(function, *arguments, limiter=self._limiter)
+
+    async def _changing(self, parent: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Call what changes directory ``parent``, in a thread if that has to be unfolded at length first."""
+        if self._tree.slow_to_own(parent):
+            return await self._in_thread(function, *arguments)
+        return function(*arguments)
+
+    # ------------------------------------------------------------------------------------------- names and attributes
+
+    @_guarded
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        entry = self._tree.lookup(parent_inode, name)
+        if entry is None:
+            return _no_entry()
+        return _entry_out(entry)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for number, count in inode_list:
+            try:
+                self._tree.forget(number, count)
+            except Exception:
+                log.exception("forget(%d, %d) failed", number, count)
+
+    @_guarded
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return _attributes_out(self._tree.getattr(inode))
+
+    @_guarded
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        changes = Changes(
+            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        if self._tree.slow_to_own(inode, size=changes.size):
+            return _attributes_out(await self._in_thread(self._tree.setattr, inode, changes, fh))
+        return _attributes_out(self._tree.setattr(inode, changes, fh))
+
+    @_guarded
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return self._tree.readlink(inode)
+
+    @_guarded
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        info = self._tree.statfs()
+        data = pyfuse3.StatvfsData()
+        for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            setattr(data, name, getattr(info, name))
+        data.f_namemax = 255
+        return data
+
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # default_permissions: the kernel checks
+
+    # --------------------------------------------------------------------------------------------------- making names
+
+    @_guarded
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        make = self._tree.mknod
+        return _entry_out(await self._changing(parent_inode, make, parent_inode, name, mode, rdev, _caller(ctx)))
+
+    @_guarded
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        make = self._tree.mkdir
+        return _entry_out(await self._changing(parent_inode, make, parent_inode, name, mode, _caller(ctx)))
+
+    @_guarded
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        make = self._tree.symlink
+        return _entry_out(await self._changing(parent_inode, make, parent_inode, name, target, _caller(ctx)))
+
+    @_guarded
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        make = self._tree.link
+        return _entry_out(await self._changing(new_parent_inode, make, inode, new_parent_inode, new_name))
+
+    @_guarded
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        make = self._tree.create
+        handle, entry = await self._changing(parent_inode, make, parent_inode, name, mode, flags, _caller(ctx))
+        return _file_info(handle), _entry_out(entry)
+
+    # ----------------------------------------------------------------------------------------- removing, moving names
+
+    @_guarded
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._changing(parent_inode, self._tree.unlink, parent_inode, name)
+
+    @_guarded
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._changing(parent_inode, self._tree.rmdir, parent_inode, name)
+
+    @_guarded
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        arguments = (parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        if self._tree.slow_to_own(parent_inode_old):
+            await self._in_thread(self._tree.rename, *arguments)
+        else:
+            await self._changing(parent_inode_new, self._tree.rename, *arguments)
+
+    # ------------------------------------------------------------------------------------------------------ open files
+
+    @_guarded
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
+        if writing and self._tree.slow_to_own(inode, size=0 if flags & os.O_TRUNC else None):
+            return _file_info(await self._in_thread(self._tree.open, inode, flags))
+        return _file_info(self._tree.open(inode, flags))
+
+    @_guarded
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        fd = self._tree.handle(fh).fd
+        buffer = bytearray(size)
+        try:
+            done = os.preadv(fd, [buffer], off, _RWF_NOWAIT)
+            if done == size or (done and off + done >= os.fstat(fd).st_size):
+                return bytes(memoryview(buffer)[:done]) if done < size else buffer  # type: ignore[return-value]
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+        return await self._in_thread(os.pread, fd, size, off)
+
+    @_guarded
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self._tree.handle(fh)
+        if len(buf) <= SMALL_WRITE and not handle.flags & os.O_DSYNC:
+            return os.pwrite(handle.fd, buf, off)
+        return await self._in_thread(os.pwrite, handle.fd, buf, off)
+
+    async def flush(self, fh: int) -> None:
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    @_guarded
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._in_thread(os.fdatasync if datasync else os.fsync, self._tree.handle(fh).fd)
+
+    @_guarded
+    async def release(self, fh: int) -> None:
+        if self._tree.handle(fh).node.orphan:
+            await self._in_thread(self._tree.release, fh)  # freeing a large file takes long
+        else:
+            self._tree.release(fh)
+
+    # ----------------------------------------------------------------------------------------------------- directories
+
+    @_guarded
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        fh = self._next_listing
+        self._next_listing += 1
+        self._listings[fh] = await self._list(inode)
+        return fh
+
+    async def _list(self, inode: int) -> Listing:
+        if self._tree.slow_to_list(inode):
+            return await self._in_thread(self._tree.listing, inode)
+        return self._tree.listing(inode)
+
+    @_guarded
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        listing = self._listings[fh]
+        if start_id == 0 and listing.started:
+            listing = self._listings[fh] = await self._list(listing.number)  # rewinddir(3) sees what is there now
+        listing.started = True
+        for position in range(start_id, len(listing)):
+            name, entry = listing.at(position)
+            if entry is None:
+                continue
+            if not pyfuse3.readdir_reply(token, name, _entry_out(entry), position + 1):
+                return
+            if position > 1:  # the kernel doesn't count the two dots
+                self._tree.remember(entry.number)
+
+    @_guarded
+    async def releasedir(self, fh: int) -> None:
+        self._listings.pop(fh, None)
+
+    @_guarded
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._in_thread(self._tree.sync_directory, self._listings[fh].number)
+
+    # --------------------------------------------------------------------------------------------- extended attributes
+
+    @_guarded
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return self._tree.getxattr(inode, name)
+
+    @_guarded
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return self._tree.listxattr(inode)
+
+    @_guarded
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._changing(inode, self._tree.setxattr, inode, name, value)
+
+    @_guarded
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._changing(inode, self._tree.removexattr, inode, name)
+
+
+def _caller(ctx: pyfuse3.RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid)
+
+
+def _file_info(handle: Handle) -> pyfuse3.FileInfo:
+    return pyfuse3.FileInfo(fh=handle.number, keep_cache=True)
+
+
+def _no_entry() -> pyfuse3.EntryAttributes:
+    """The answer to a look-up of a name that isn't there, to be cached."""
+    out = pyfuse3.EntryAttributes()
+    out.st_ino = 0
+    out.entry_timeout = LIFETIME_S
+    return out
+
+
+def _entry_out(entry: Entry) -> pyfuse3.EntryAttributes:
+    out = _attributes_out(entry.attributes)
+    out.generation = entry.generation
+    if entry.number == ROOT_NUMBER:
+        out.st_ino = ROOT_NUMBER
+    return out
+
+
+def _attributes_out(attributes: Attributes) -> pyfuse3.EntryAttributes:
+    out = pyfuse3.EntryAttributes()
+    (
+        out.st_ino,
+        out.st_mode,
+        out.st_nlink,
+        out.st_uid,
+        out.st_gid,
+        out.st_rdev,
+        out.st_size,
+        out.st_blocks,
+        out.st_blksize,
+        out.st_atime_ns,
+        out.st_mtime_ns,
+        out.st_ctime_ns,
+    ) = attributes
+    out.entry_timeout = out.attr_timeout = LIFETIME_S
+    return out

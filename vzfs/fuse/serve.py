@@ -1,0 +1,204 @@
+"""The serving process of one mount: takes the lock, mounts, serves until unmounted or told to stop, cleans up.
+
+Rule: whoever starts it learns from the report whether the root is usable or why not; after that it answers to signals
+(SIGTERM, SIGINT: unmount and end) and to umount(8) only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import resource
+import signal
+import sys as python
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from vzfs.errors import UnsupportedError, UsageError, VzfsError
+from vzfs.fuse.mount import is_fuse_mount, unmount_dead
+from vzfs.fuse.portable import Engine
+from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.container import remember_user
+from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
+from vzfs.store.lock import Holder, Lock
+from vzfs.tree.area import Sync
+from vzfs.tree.tree import Tree
+
+log = logging.getLogger(__name__)
+
+JOURNAL_SOCKET = "/dev/log"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to serve and how; ``log`` is a file, ``journal``, or ``-`` for standard error."""
+
+    root: str
+    container: str
+    mountpoint: str
+    engine: str = "auto"
+    read_only: bool = False
+    sync: str = "data"
+    log: str = "-"
+
+
+def serve(order: Order, report_fd: int = -1) -> None:
+    """Mount and serve until unmounted. ``report_fd``, if given, gets one JSON line: ``{}`` when the root is usable.
+
+    Raises ``VzfsError`` when the root can't be mounted.
+    """
+    container, mountpoint = Path(order.container), Path(order.mountpoint)
+    layout = Layout.at(order.root)
+    engine = _choose_engine(order.engine)
+    holder = Holder(os.getpid(), "mounts", time.time(), str(mountpoint), engine, order.read_only)
+    lock = Lock.acquire(container, holder)
+    try:
+        _set_up_log(order)
+        _set_up_process()
+        _prepare_mountpoint(mountpoint)
+        remember_user(layout, Conf.load(container / CONF).get(OSTEMPLATE), container)
+        tree = _open_tree(order, layout, container)
+        try:
+            _mount(tree, order, mountpoint)
+            try:
+                lock.describe(replace(holder, doing="serves"))
+                log.info("serving %s at %s, engine %s", container, mountpoint, engine)
+                trio.run(_run, report_fd)
+            finally:
+                pyfuse3.close(unmount=is_fuse_mount(mountpoint))
+                log.info("unmounted %s", mountpoint)
+        finally:
+            tree.close()
+    finally:
+        lock.release()
+
+
+def _choose_engine(wanted: str) -> str:
+    if wanted in ("auto", "pyfuse3"):
+        return "pyfuse3"
+    raise UsageError(f"there is no engine {wanted!r}", remedy="the engines are: auto, pyfuse3")
+
+
+def _set_up_log(order: Order) -> None:
+    handler: logging.Handler
+    if order.log == "-":
+        handler = logging.StreamHandler()
+    elif order.log == "journal":
+        if not os.path.exists(JOURNAL_SOCKET):
+            raise UnsupportedError(
+                f"no journal or syslog listens at {JOURNAL_SOCKET}", remedy="choose a file: --log FILE"
+            )
+        handler = logging.handlers.SysLogHandler(JOURNAL_SOCKET)
+    else:
+        try:
+            handler = logging.FileHandler(order.log)
+        except OSError as error:
+            raise UsageError(
+                f"can't write the log {order.log}: {error.strerror}", remedy="choose another with --log"
+            ) from error
+    stamp = "" if order.log == "journal" else "%(asctime)s "
+    handler.setFormatter(logging.Formatter(f"{stamp}vzfs[%(process)d] {order.container}: %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _set_up_process() -> None:
+    os.umask(0)  # modes come from the kernel, with the program's umask applied
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("-900")  # its death takes a container's root away
+
+
+def _prepare_mountpoint(mountpoint: Path) -> None:
+    unmount_dead(mountpoint)
+    try:
+        mountpoint.mkdir(mode=OWN_FOLDER_MODE, parents=True, exist_ok=True)
+        occupied = any(mountpoint.iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"can't mount at {mountpoint}: {error.strerror}", remedy="choose an empty directory"
+        ) from error
+    if os.path.ismount(mountpoint) or occupied:
+        raise UsageError(f"can't mount at {mountpoint}: it is not empty", remedy="choose an empty directory")
+
+
+def _open_tree(order: Order, layout: Layout, container: Path) -> Tree:
+    try:
+        sync = Sync(order.sync)
+    except ValueError:
+        raise UsageError(f"there is no sync policy {order.sync!r}", remedy="choose none, data or full") from None
+    return Tree(layout, container, read_only=order.read_only, sync=sync)
+
+
+def _mount(tree: Tree, order: Order, mountpoint: Path) -> None:
+    options = {
+        "default_permissions",
+        "allow_other",
+        "suid",
+        "dev",
+        "noatime",
+        f"fsname=vzfs#{os.path.basename(order.container)}",
+        "subtype=vzfs",
+    }
+    if order.read_only:
+        options.add("ro")
+    try:
+        pyfuse3.init(Engine(tree), str(mountpoint), options)
+    except RuntimeError as error:
+        raise UnsupportedError(f"can't mount at {mountpoint}: {error}", remedy="see: vzfs doctor") from error
+
+
+async def _run(report_fd: int) -> None:
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            nursery.start_soon(_end_on_signal, signals)
+            report(report_fd, {})
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+
+async def _end_on_signal(signals: object) -> None:
+    async for number in signals:  # type: ignore[attr-defined]
+        log.info("ending on signal %d", number)
+        pyfuse3.terminate()
+
+
+def report(fd: int, message: dict[str, object]) -> None:
+    """Tell the process that waits at the other end of ``fd``, and let it go on."""
+    if fd >= 0:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(fd, json.dumps(message).encode() + b"\n")
+        os.close(fd)
+
+
+def main() -> None:
+    """Entry point of the detached process: an order in JSON on the command line, the report on descriptor 3."""
+    order = Order(**json.loads(python.argv[1]))
+    report_fd = int(python.argv[2])
+    try:
+        serve(order, report_fd)
+    except VzfsError as error:
+        report_failure(report_fd, error)
+        log.error("%s", error)
+        python.exit(error.exit_code)
+    except Exception as error:
+        log.exception("the serving process failed")
+        report_failure(report_fd, VzfsError(f"mounting failed: {error}", remedy=f"see {order.log}"))
+        python.exit(70)
+
+
+def report_failure(fd: int, error: VzfsError) -> None:
+    """Report that the root will not be usable."""
+    with contextlib.suppress(OSError):  # closed: it was usable once, and nobody waits any more
+        report(fd, {"error": type(error).__name__, "message": error.message, "remedy": error.remedy})
+
+
+if __name__ == "__main__":
+    main()
