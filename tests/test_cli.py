@@ -86,6 +86,10 @@ class FakeContainer:
         return Path("/store/private") / self.alias
 
     @property
+    def ct(self) -> str:
+        return self.alias
+
+    @property
     def conf(self) -> dict[str, str]:
         return {"NAME": "web" if self.alias == "101" else ""}
 

@@ -94,7 +94,7 @@ def open_store(ctx: click.Context) -> Store:
 def complete_container(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Container names for the shell; none where the store can't be read, as there is no place for an error."""
     try:
-        names = [container.alias for container in open_store(ctx).containers()]
+        names = [container.ct for container in open_store(ctx).containers()]
     except Exception:  # noqa: BLE001
         return []
     return [name for name in names if name.startswith(incomplete)]

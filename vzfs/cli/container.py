@@ -260,7 +260,7 @@ def mount(
     """
     container = open_store(ctx).container(ct_id)
     if foreground:
-        container.serve(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)
+        container.serve(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log or "-")
         return
     where = container.mount(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)
     if wants_json(ctx):
@@ -346,14 +346,14 @@ def check(ctx: click.Context, ct_ids: tuple[str, ...], repair: bool, everything:
 
     def action(container: Container) -> None:
         problems = container.check(repair=repair)
-        results.append({"ct": container.alias, "path": container.path, "problems": problems})
+        results.append({"ct": container.ct, "path": container.path, "problems": problems})
         if wants_json(ctx):
             return
         for problem in problems:
             mended = "  [repaired]" if problem.repaired else ""
-            click.echo(printable(f"{container.alias}: {problem.path}: {problem.kind}: {problem.detail}{mended}"))
+            click.echo(printable(f"{container.ct}: {problem.path}: {problem.kind}: {problem.detail}{mended}"))
         if not problems:
-            click.echo(f"container {printable(container.alias)} is clean")
+            click.echo(f"container {printable(container.ct)} is clean")
 
     try:
         _each(ctx, _named(ctx, ct_ids, everything), action)
