@@ -8,7 +8,7 @@ import os
 import struct
 
 from .base import behaviour
-from .place import Place, append, expect_errno, get, opened, tick
+from .place import Place, append, attempt, expect_errno, get, opened, tick
 from .seeds import Dir, File
 
 SEED = File("a/f", b"0123456789")
@@ -193,24 +193,28 @@ def fcntl_lock_waits(d: Place) -> None:
 
 @behaviour(seeds=[SEED])
 def fcntl_deadlock_is_edeadlk(d: Place) -> None:
-    def work(ready: int) -> None:
+    def deadlocked(fd: int, start: int) -> bool:
+        # Who of the two comes last is refused; the other waits until the refused one lets go.
+        granted = attempt(errno.EDEADLK, fcntl.lockf, fd, fcntl.LOCK_EX, 1, start)
+        fcntl.lockf(fd, fcntl.LOCK_UN)
+        return not granted
+
+    def work(ready: int) -> bool:
         with opened("a/f", os.O_RDWR) as fd:
             fcntl.lockf(fd, fcntl.LOCK_EX, 1, 1)
             os.write(ready, b"!")
-            fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)  # waits for the parent
+            return deadlocked(fd, 0)
 
     reader, writer = os.pipe()
     with opened(d / "a/f", os.O_RDWR) as fd:
         fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)
         child = d.start(work, writer)
         os.read(reader, 1)
-        for _ in range(3):
-            tick()
-        expect_errno(errno.EDEADLK, fcntl.lockf, fd, fcntl.LOCK_EX, 1, 1)
-        fcntl.lockf(fd, fcntl.LOCK_UN)
-        child.result()
+        mine = deadlocked(fd, 1)
+        theirs = child.result()
     os.close(reader)
     os.close(writer)
+    assert sorted([mine, theirs]) == [False, True]
 
 
 @behaviour(seeds=[SEED])
