@@ -20,12 +20,21 @@ PROGRAM = "vzfs"
 class Program(Group):
     """The outermost group: every way to end a command leads through ``main``."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
-        """Runs a command line and exits: 0, a result of the command, or the exit code of its failure."""
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        """Runs a command line and exits: 0, a result of the command, or the exit code of its failure.
+
+        ``standalone_mode`` is there for click's callers; this always ends the process (``SystemExit``).
+        """
         given = list(sys.argv[1:] if args is None else args)
-        extra["standalone_mode"] = False
         try:
-            outcome = super().main(given, prog_name or PROGRAM, **extra)
+            outcome = super().main(given, prog_name or PROGRAM, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(error.exit_code)

@@ -33,7 +33,8 @@ from vzfs.cli.show import (
 from vzfs.errors import UsageError, VzfsError
 
 if TYPE_CHECKING:
-    from vzfs.api import Change, Container, Status
+    from vzfs.api import Container, Status
+    from vzfs.store.diff import Change
 
 LETTERS = {"added": "A", "changed": "C", "removed": "D", "renamed": "R"}
 
