@@ -339,8 +339,10 @@ def test_completion_of_an_unreadable_store_is_empty(store: FakeStore, monkeypatc
         ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 10, ["vzfs: no space left for the store"]),
         (PermissionError(errno.EACCES, "Permission denied", b"/vz/y"), 7, ["vzfs: /vz/y: Permission denied"]),
+        (OSError(errno.EROFS, "Read-only file system", "/vz/z"), 1, ["vzfs: /vz/z: Read-only", "  remount"]),
+        (OSError(errno.ELOOP, "Too many levels", "/vz/l"), 1, ["vzfs: /vz/l: Too many levels", "  vzfs could not"]),
         (KeyboardInterrupt(), 130, ["vzfs: interrupted"]),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, []),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, []),  # told by the exit code alone
         (SourceError("member \x1b[31m\x07evil"), 8, ["vzfs: member \\x1b[31m\\x07evil"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

@@ -379,6 +379,15 @@ def test_deep_tree_needs_few_descriptors(tmp_path: pathlib.Path, target: pathlib
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert os.path.isdir(target / "/".join(["d"] * 1500))
+    remove(source, target)
+
+
+def remove(*trees: pathlib.Path) -> None:
+    """Remove trees that are too deep for pytest to clean up."""
+    for tree in trees:
+        parent = os.open(tree.parent, os.O_RDONLY)
+        calls.remove_tree(parent, os.fsencode(tree.name))
+        os.close(parent)
 
 
 def test_path_too_long_for_a_system_call_refused(tmp_path: pathlib.Path, target: pathlib.Path) -> None:
@@ -392,9 +401,7 @@ def test_path_too_long_for_a_system_call_refused(tmp_path: pathlib.Path, target:
     os.close(fd)
     with pytest.raises(SourceError, match="too long"):
         populate(str(source), target)
-    parent = os.open(tmp_path, os.O_RDONLY)
-    calls.remove_tree(parent, b"source")
-    os.close(parent)
+    remove(source, target)
 
 
 @pytest.mark.parametrize("source", ["/nonexistent", "", "nul\0byte"])

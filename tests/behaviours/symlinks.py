@@ -106,12 +106,30 @@ def symlink_like_a_marker_leads_where_it_says(d: Place) -> None:
 
 @behaviour()
 def symlink_of_4095_bytes(d: Place) -> None:
-    for number, text in enumerate((LONGEST, "//vz/template/" + "y" * 4000, "///vz/template/" + "z" * 4080)):
+    os.symlink(LONGEST, d / "l")
+    assert os.readlink(d / "l") == LONGEST
+    assert os.lstat(d / "l").st_size == 4095
+    expect_errno(errno.ENAMETOOLONG, os.symlink, "x" * 4096, d / "long")
+    expect_errno(errno.ENAMETOOLONG, os.stat, d / "l")
+
+
+@behaviour()
+def symlink_of_4094_bytes_like_a_marker(d: Place) -> None:
+    for number, start in enumerate(("//vz/template/", "///vz/template/")):
+        text = start.ljust(4094, "y")
         os.symlink(text, d / f"l{number}")
         assert os.readlink(d / f"l{number}") == text
-        assert os.lstat(d / f"l{number}").st_size == len(text)
-    expect_errno(errno.ENAMETOOLONG, os.symlink, "x" * 4096, d / "long")
-    expect_errno(errno.ENAMETOOLONG, os.stat, d / "l0")
+        assert os.lstat(d / f"l{number}").st_size == 4094
+
+
+@behaviour()
+def symlink_of_4095_bytes_like_a_marker(d: Place) -> None:
+    # A file system that escapes such texts by a byte must find another place for the longest.
+    for number, start in enumerate(("//vz/template/", "///vz/template/")):
+        text = start.ljust(4095, "y")
+        os.symlink(text, d / f"l{number}")
+        assert os.readlink(d / f"l{number}") == text
+        assert os.lstat(d / f"l{number}").st_size == 4095
 
 
 @behaviour()

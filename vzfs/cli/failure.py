@@ -25,6 +25,16 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EPERM, errno.EACCES})
+_REMEDIES = {
+    errno.EROFS: "remount that file system writable, or use another place",
+    errno.EIO: "the disk or its driver failed; see the kernel's log: dmesg",
+    errno.ENOENT: "give a place that exists and where directories can be made",
+    errno.ENOTDIR: "a part of that path is not a directory; give another",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ENFILE: "raise the limit of open files of the machine: sysctl fs.file-max",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EOPNOTSUPP: "the file system can't do that; see 'vzfs doctor'",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,9 @@ def explain(error: BaseException) -> Failure:
         remedy = "run vzfs as root" if os.geteuid() else "see 'vzfs doctor' for the capabilities vzfs needs"
         message = f"{_thing(error)}: {error.strerror}"
         return Failure(UnsupportedError.__name__, message, remedy, UnsupportedError.exit_code)
+    if isinstance(error, OSError) and error.filename is not None:
+        remedy = _REMEDIES.get(error.errno or 0, "vzfs could not use it; 'vzfs -v …' shows for what")
+        return Failure("OSError", f"{_thing(error)}: {error.strerror}", remedy, VzfsError.exit_code)
     log = _write_log(error)
     what = traceback.format_exception_only(error)[-1].strip()
     remedy = "this is a bug in vzfs; please report it" + (f" with {log}, which says where it happened" if log else "")

@@ -19,8 +19,8 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -39,24 +39,24 @@ SMALL_WRITE = 128 << 10
 _RWF_NOWAIT = 8  # <linux/fs.h>: fail with EAGAIN instead of waiting for the disk
 
 T = TypeVar("T")
-Handler = Callable[..., Awaitable[T]]
+P = ParamSpec("P")
 
 
-def _guarded(handler: Handler[T]) -> Handler[T]:
+def _guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Turn whatever goes wrong into an errno, and log what should not have happened."""
 
     @functools.wraps(handler)
-    async def guarded(self: Engine, *arguments: Any) -> T:
+    async def guarded(*arguments: P.args, **keywords: P.kwargs) -> T:
         try:
-            return await handler(self, *arguments)
+            return await handler(*arguments, **keywords)
         except OSError as error:
             if not error.errno:
-                log.exception("%s%r failed without an errno", handler.__name__, arguments)
+                log.exception("%s%r failed without an errno", handler.__name__, arguments[1:])
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except (pyfuse3.FUSEError, trio.Cancelled):
             raise
         except Exception:
-            log.exception("%s%r failed", handler.__name__, arguments)
+            log.exception("%s%r failed", handler.__name__, arguments[1:])
             raise pyfuse3.FUSEError(errno.EIO) from None
 
     return guarded

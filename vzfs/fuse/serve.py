@@ -185,8 +185,8 @@ def main() -> None:
     try:
         serve(order, report_fd)
     except VzfsError as error:
+        log.warning("not served: %s", error)
         report_failure(report_fd, error)
-        log.error("%s", error)
         python.exit(error.exit_code)
     except Exception as error:
         log.exception("the serving process failed")

@@ -392,7 +392,7 @@ class Index:
         at = HEADER_SIZE
         for name, code in _COLUMNS:
             length = self.count * struct.calcsize(code)
-            columns[name] = view[at : at + length].cast(code)
+            columns[name] = view[at : at + length].cast(code)  # type: ignore[call-overload]
             at += _padded(length)
         self.parent = columns["parent"]
         self.leader = columns["leader"]
@@ -420,7 +420,8 @@ class Index:
 
     def intact(self) -> bool:
         """Whether the whole file still has the checksum it was written with; reads all of it."""
-        return hashlib.sha256(memoryview(self._map)[HEADER_SIZE:]).digest() == self._checksum
+        checksum: bytes = self._checksum
+        return hashlib.sha256(memoryview(self._map)[HEADER_SIZE:]).digest() == checksum
 
     def find(self, parent: int, name: bytes) -> int:
         """Number of the entry ``name`` in directory ``parent``, or 0 when there is none."""

@@ -8,7 +8,7 @@ import stat
 from vzfs.errors import NotFoundError
 from vzfs.store import sys
 from vzfs.store.faults import step
-from vzfs.store.index import Attributes
+from vzfs.store.index import Attributes, Index
 from vzfs.store.layout import ORIGIN_XATTR, Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import MagicLink
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import xattr
+import xattr  # type: ignore[import-untyped]
 
 from vzfs.errors import BusyError, ExistsError, FullError, SourceError
 from vzfs.store import sys

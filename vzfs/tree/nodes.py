@@ -424,10 +424,9 @@ class Nodes:
             return Attributes.of(info, node.ino, info.st_nlink + self._folded_children(node, info.st_nlink))
         folder, name = self.location(node)
         info = os.lstat(name, dir_fd=folder)
+        nlink = info.st_nlink - bool(node.orphan)
         if node.group:
             nlink = 0 if node.dead else self.group_nlink(node)
-        else:
-            nlink = info.st_nlink - bool(node.orphan)
         attributes = Attributes.of(info, node.ino, nlink)
         if stat.S_ISLNK(info.st_mode):
             text = magic.unescape(os.readlink(name, dir_fd=folder))

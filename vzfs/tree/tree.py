@@ -693,14 +693,14 @@ class Tree:
             now = self._nodes.attributes(node).mode
             kept = now & ~stat.S_ISUID & ~(stat.S_ISGID if now & stat.S_IXGRP else 0)  # as chown(2) does
             mode = stat.S_IMODE(kept) if kept != now else None
-        new = {
-            "mode": mode,
-            "uid": changes.uid,
-            "gid": changes.gid,
-            "atime_ns": changes.atime_ns,
-            "mtime_ns": changes.mtime_ns,
-        }
-        return replace(record, **{key: value for key, value in new.items() if value is not None})
+        return replace(
+            record,
+            mode=record.mode if mode is None else mode,
+            uid=record.uid if changes.uid is None else changes.uid,
+            gid=record.gid if changes.gid is None else changes.gid,
+            atime_ns=record.atime_ns if changes.atime_ns is None else changes.atime_ns,
+            mtime_ns=record.mtime_ns if changes.mtime_ns is None else changes.mtime_ns,
+        )
 
     def _set_own(self, node: Node, changes: Changes, handle: Handle | None) -> None:
         path = self._nodes.path(node)
