@@ -21,7 +21,6 @@ from .seeds import (
     File,
     HardLink,
     Seed,
-    Socket,
     Symlink,
     plant,
 )
@@ -58,7 +57,6 @@ __all__ = [
     "HardLink",
     "Place",
     "Seed",
-    "Socket",
     "Symlink",
     "behaviour",
     "plant",

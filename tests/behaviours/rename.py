@@ -231,7 +231,8 @@ def rename_tree_with_open_files_and_cwd(d: Place) -> None:
             assert get("z/deep") == b"DEEP"
             assert os.fstat(fd).st_nlink == 1
             put("new", b"n")
-            assert sorted(os.listdir(folder)) == ["mid", "new", "z"]
+            assert os.fstat(folder).st_ino == os.stat("../y").st_ino
+            assert sorted(os.listdir(".")) == ["mid", "new", "z"]
             assert sorted(os.listdir("..")) == ["hard", "link", "y"]
 
     d.in_child(work)

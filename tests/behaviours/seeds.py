@@ -2,12 +2,12 @@
 
 Rule: a seed says everything about its file that a file system keeps (content, owner, mode, times, extended
 attributes, links), so that planting it twice, anywhere, gives files that differ in nothing but inode number and ctime.
+Sockets are no seeds: no archive holds them, so no image of a tree does; behaviours make their own.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -76,17 +76,6 @@ class Fifo:
 
 
 @dataclass(frozen=True, slots=True)
-class Socket:
-    """A socket file that nobody listens on."""
-
-    path: str
-    mode: int = 0o755
-    uid: int = 0
-    gid: int = 0
-    mtime_ns: int = SEED_TIME
-
-
-@dataclass(frozen=True, slots=True)
 class CharDev:
     """A character device."""
 
@@ -112,7 +101,7 @@ class BlockDev:
     mtime_ns: int = SEED_TIME
 
 
-Seed = File | Dir | Symlink | HardLink | Fifo | Socket | CharDev | BlockDev
+Seed = File | Dir | Symlink | HardLink | Fifo | CharDev | BlockDev
 
 
 def plant(seeds: Iterable[Seed], directory: Path) -> None:
@@ -159,8 +148,6 @@ def _make(seed: Seed, path: Path, top: Path) -> None:
             os.symlink(seed.text, path)
         case Fifo():
             os.mkfifo(path)
-        case Socket():
-            _bind(path)
         case CharDev():
             os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(seed.major, seed.minor))
         case BlockDev():
@@ -179,17 +166,7 @@ def _write(seed: File, path: Path) -> None:
             file.truncate(seed.size)
 
 
-def _bind(path: Path) -> None:
-    # Through the directory's descriptor, because a socket address holds 107 bytes at most.
-    parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(f"/proc/self/fd/{parent}/{path.name}")
-    finally:
-        os.close(parent)
-
-
-def _dress(seed: File | Dir | Symlink | Fifo | Socket | CharDev | BlockDev, path: Path) -> None:
+def _dress(seed: File | Dir | Symlink | Fifo | CharDev | BlockDev, path: Path) -> None:
     # The order matters: chown drops setuid bits and capabilities, and an ACL's mask replaces the group's bits.
     os.chown(path, seed.uid, seed.gid, follow_symlinks=False)
     if not isinstance(seed, Symlink):
