@@ -159,7 +159,7 @@ class Sink:
             os.unlink(parts[-1], dir_fd=parent)
             return
         os.rmdir(parts[-1], dir_fd=parent)
-        del self._directories[parts]
+        self._directories.pop(parts, None)
 
     def _is_same(self, parts: Parts, other: os.stat_result) -> bool:
         try:

@@ -179,7 +179,8 @@ class TarReader:
         """Read to the end of the input, which verifies its checksum; count the bytes there that aren't zero."""
         beyond = 0
         while data := self._stream.some(_CHUNK):
-            beyond += len(data) - data.count(0)
+            if data != bytes(len(data)):  # a comparison is much faster than counting
+                beyond += len(data) - data.count(0)
         return beyond
 
     # Bytes of the current member
@@ -281,11 +282,12 @@ class TarReader:
         records = []
         at = 0
         while at < len(data):
-            space = data.find(b" ", at, at + 8)
-            length = data[at:space] if space > 0 else b""
-            end = at + int(length) if _DECIMAL.fullmatch(length) else 0
-            keyword, equals, value = data[space + 1 : end - 1].partition(b"=")
-            if end <= space or end > len(data) or data[end - 1] != 0x0A or not keyword or not equals:
+            length, space, _ = data[at : at + 8].partition(b" ")
+            if not space or not _DECIMAL.fullmatch(length):
+                raise refused(header.name, "malformed PAX records")
+            start, end = at + len(length) + 1, at + int(length)
+            keyword, equals, value = data[start : end - 1].partition(b"=")
+            if end <= start or end > len(data) or data[end - 1] != 0x0A or not keyword or not equals:
                 raise refused(header.name, "malformed PAX records")
             records.append((keyword, value))
             at = end
@@ -370,10 +372,7 @@ class TarReader:
         return size, self._checked_map(size, numbers)
 
     def _sparse_size(self, records: Mapping[bytes, bytes]) -> int:
-        size = self._decimal(records, b"GNU.sparse.realsize", self._decimal(records, b"GNU.sparse.size", -1))
-        if not 0 <= size <= _MAX_SIZE:
-            raise refused(self._name, f"a size of {size} bytes is impossible")
-        return size
+        return self._decimal(records, b"GNU.sparse.realsize", self._decimal(records, b"GNU.sparse.size", -1))
 
     def _numbers(self, texts: list[bytes]) -> list[int]:
         if len(texts) > 2 * MAX_SEGMENTS or not all(_DECIMAL.fullmatch(text) for text in texts):
@@ -414,6 +413,8 @@ class TarReader:
         return self._numbers(lines[1:wanted])
 
     def _checked_map(self, size: int, numbers: list[int]) -> tuple[tuple[int, int], ...]:
+        if not 0 <= size <= _MAX_SIZE:
+            raise refused(self._name, f"a size of {size} bytes is impossible")
         segments = tuple(zip(numbers[::2], numbers[1::2], strict=False))
         end = stored = 0
         for offset, length in segments:
