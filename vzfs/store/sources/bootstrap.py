@@ -15,6 +15,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9][a-z0-9-]*)?")
 # debootstrap is a shell script: of what URLs may hold, only what no shell reads as anything else.
 _MIRROR = re.compile(r"(?:(?:https?|ftp|file|copy|ssh)://|/)[A-Za-z0-9._~:/@+,=%-]+")
 _KEYRING = re.compile(r"/[A-Za-z0-9._~:/@+,=%-]+")
+_TARGET = re.compile(rb"/[A-Za-z0-9._/+-]+")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _GRACE = 10.0  # seconds between SIGTERM, upon which debootstrap unmounts what it mounted, and SIGKILL
 _LAST_LINES = 12
@@ -56,7 +58,12 @@ def bootstrap(suite: str, target_fd: int, options: SourceOptions, progress: Prog
     program = shutil.which("debootstrap", path=os.environ.get("PATH", "") + ":" + _PATH)
     if program is None:
         raise UnsupportedError("debootstrap is not installed", remedy="apt-get install debootstrap")
-    target = os.readlink(sys.fd_path(target_fd))  # bytes, for fd_path is
+    target = os.readlink(sys.fd_path(target_fd))
+    if not _TARGET.fullmatch(target):
+        raise UnsupportedError(
+            f"debootstrap can't work below {os.fsdecode(target)!r}, for it stumbles over spaces and the like in a path",
+            remedy="keep the store at a path of letters, digits and ._+-",
+        )
     positional = [suite, os.fsdecode(target)]
     if options.mirror:
         positional.append(f"file://{options.mirror}" if options.mirror.startswith("/") else options.mirror)
@@ -151,15 +158,15 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _end_group(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
-    """Send ``how`` to debootstrap's process group, and after SIGTERM give it time.
+    """Send ``how`` to debootstrap's process group, and after SIGTERM give its leader time.
 
-    The leader isn't reaped before (WNOWAIT above), so the number can't have become another group's.
+    Until the end the leader isn't reaped (WNOWAIT), so its number can't have become another group's.
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, how)
-    if how is signal.SIGTERM:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
+    deadline = time.monotonic() + (_GRACE if how is signal.SIGTERM else 0)
+    while time.monotonic() < deadline and not _has_ended(process):
+        time.sleep(0.05)
 
 
 def _failure(code: int, last: list[str]) -> SourceError:
