@@ -64,7 +64,7 @@ def measure(bench: Bench) -> Report:
     return Report(
         "lookup_cost",
         "lstat of random names in an open directory; the kernel's names are dropped after every "
-        f"{BATCH}. *Folded*: a directory of the template as it is; *unfolded*: one in which a file was made; *private*: "
+        f"{BATCH}. *Folded*: a directory of the template as it is; *unfolded*: one with a file made in it; *private*: "
         "made by the container. *Tree alone*: the same look-ups as calls of `Tree.lookup`, without kernel, engine and "
         f"process switches. Each value is the mean over {BATCH * BATCHES} look-ups.",
         figures,
