@@ -61,8 +61,8 @@ def measure(bench: Bench) -> Report:
         "mount_time",
         "Starting from the command (a new interpreter) and from a running process, on a template of "
         f"{bench.scaled(ENTRIES):,} entries; Python's modules are compiled and in the page cache. Below: what the "
-        "parts take alone, and the packages that take longest to import in the serving process (`python -X importtime`, "
-        "which makes all slower).",
+        "parts take alone, and the packages that take longest to import in the serving process (as `python -X "
+        "importtime` says, which makes all slower).",
         figures,
     )
 

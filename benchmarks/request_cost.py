@@ -41,8 +41,8 @@ def measure(bench: Bench) -> Report:
         "request_cost",
         f"Per entry, on a template of {bench.scaled(ENTRIES):,} entries that the container did not change, one client. "
         "The walk is `find -printf %s`; lstat goes in path order; files of 200 bytes are read with one read(2). The "
-        "first reading follows right after lstat, so that the kernel knows names but no contents. ext4: the same on the "
-        "template's own folder, its names and contents known to the kernel.",
+        "first reading follows right after lstat, so that the kernel knows names but no contents. ext4: the same on "
+        "the template's own folder, its names and contents known to the kernel.",
         [Figure(name, "µs", tuple(values)) for name, values in times.items()],
     )
 
