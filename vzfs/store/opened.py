@@ -87,6 +87,10 @@ class OpenTemplate:
         """Text of ``trusted.vzfs.origin`` on what was copied from ``entry``."""
         return b"%s/%d" % (self.name.encode(), entry)
 
+    def group_key(self, entry: int) -> bytes:
+        """Name of the record, in ``cow/links``, of the link group that ``entry`` belongs to."""
+        return b"%s:%d" % (self.name.encode(), self.index.leader[entry])
+
     def unfold_into(self, dir_fd: int, entry: int) -> None:
         """Make the empty directory ``dir_fd`` equal to the directory ``entry``, each child a magic link."""
         for child in self.index.children(entry):

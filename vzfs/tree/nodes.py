@@ -19,11 +19,11 @@ from collections.abc import Callable
 from vzfs.errors import VzfsError
 from vzfs.store import magic, sys
 from vzfs.store.index import INO_START, Attributes
-from vzfs.store.layout import NLINK_XATTR, ORIGIN_XATTR
+from vzfs.store.layout import FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR
 from vzfs.store.opened import OpenTemplate
+from vzfs.store.record import Record, read_record
 from vzfs.tree.area import PrivateArea, list_names, node_name
 from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node
-from vzfs.tree.record import Record, read_record
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ PRIVATE_SHIFT = 1 << 52
 """Added to inode numbers of the private area that reach into the templates' range: rare, and still exact as a double."""
 NAME_MAX = 255
 """Bytes of a name, as on ext4; the kernel lets longer ones through to a FUSE server."""
-FOLDS_XATTR = "trusted.vzfs.folds"
-"""On a real directory that may hold folded ones although its own template directory, if any, has no subdirectories."""
 
 
 class Nodes:
@@ -102,7 +100,7 @@ class Nodes:
         if number in self._known_folded:
             return self._unchanged(template, entry)
         index = template.index
-        if index.next_link[entry] != entry or self.group_key(template, entry) in self.groups:
+        if index.next_link[entry] != entry or template.group_key(entry) in self.groups:
             return self._group_node(template, entry)
         if not entry:
             return Node(number, Kind.FOLDED, number, template, 0)
@@ -164,7 +162,7 @@ class Nodes:
         if known is not None:
             return known
         index = template.index
-        if index.next_link[entry] != entry or (self.groups and self.group_key(template, entry) in self.groups):
+        if index.next_link[entry] != entry or (self.groups and template.group_key(entry) in self.groups):
             return self._group_node(template, entry)
         return self._unchanged(template, entry)
 
@@ -177,7 +175,7 @@ class Nodes:
             log.error("%r is a malformed or dangling magic link: %r", name, text)
             raise OSError(errno.EIO, "malformed or dangling magic link", name)
         index = template.index
-        if index.next_link[entry] != entry or self.group_key(template, entry) in self.groups:
+        if index.next_link[entry] != entry or template.group_key(entry) in self.groups:
             return self._group_node(template, entry)
         number = template.base + entry
         node = self._table.get(number)
@@ -199,7 +197,7 @@ class Nodes:
         if node is not None:
             return node
         node = Node(number, Kind.TEMPLATE, number, template, leader, group=True)
-        key = self.group_key(template, leader)
+        key = template.group_key(leader)
         if key in self.groups:
             info = os.lstat(key, dir_fd=self.area.links_fd)
             if stat.S_ISLNK(info.st_mode) and magic.is_magic(os.readlink(key, dir_fd=self.area.links_fd)):
@@ -371,7 +369,7 @@ class Nodes:
             raise OSError(errno.ESTALE, "the node is gone")
         if node.group:
             assert node.template is not None
-            return self.area.links_fd, self.group_key(node.template, node.entry)
+            return self.area.links_fd, node.template.group_key(node.entry)
         if node is self.root:
             return self.area.root_fd, b"."
         return self.directory_fd(self.parent(node)), node_name(node)
@@ -390,11 +388,6 @@ class Nodes:
 
     def _at(self, parent: Node, name: bytes) -> bytes:
         return sys.entry_path(self.directory_fd(parent), name)
-
-    @staticmethod
-    def group_key(template: OpenTemplate, entry: int) -> bytes:
-        """Name of a link group's record in ``cow/links``."""
-        return b"%s:%d" % (template.name.encode(), template.index.leader[entry])
 
     # ------------------------------------------------------------------------------------------------- attributes
 
@@ -436,7 +429,7 @@ class Nodes:
     def group_nlink(self, node: Node) -> int:
         """How many names the node's link group has in this container."""
         assert node.template is not None
-        if self.group_key(node.template, node.entry) not in self.groups:
+        if node.template.group_key(node.entry) not in self.groups:
             return node.template.index.attributes(node.entry).nlink
         try:
             return int(os.getxattr(sys.entry_path(*self.location(node)), NLINK_XATTR, follow_symlinks=False))

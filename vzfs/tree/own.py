@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 
 from vzfs.store import magic, sys
 from vzfs.store.faults import step
-from vzfs.store.layout import ATTR_XATTR, NLINK_XATTR, ORIGIN_XATTR, OWN_FOLDER_MODE, XATTR_PREFIX
+from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR, OWN_FOLDER_MODE, XATTR_PREFIX
 from vzfs.store.opened import OpenTemplate, apply_attributes
+from vzfs.store.record import Record, read_own_xattrs, read_record
 from vzfs.tree.area import PrivateArea, Sync
 from vzfs.tree.node import Kind, Node
-from vzfs.tree.nodes import FOLDS_XATTR, Nodes
-from vzfs.tree.record import Record, read_own_xattrs, read_record
+from vzfs.tree.nodes import Nodes
 
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
 
@@ -223,7 +223,7 @@ class Owner:
         """Make the staged object the record of the node's link group: all its names change at once."""
         assert node.template is not None
         stage = self._area.stage_fd
-        key = self._nodes.group_key(node.template, node.entry)
+        key = node.template.group_key(node.entry)
         os.setxattr(sys.entry_path(stage, staged), NLINK_XATTR, b"%d" % nlink, follow_symlinks=False)
         step("link-group:staged")
         os.rename(staged, key, src_dir_fd=stage, dst_dir_fd=self._area.links_fd)
@@ -257,7 +257,7 @@ class Owner:
     def end_group(self, node: Node) -> None:
         """The last name of the group is gone: remove its record, or keep it as an orphan while it is open."""
         assert node.template is not None
-        key = self._nodes.group_key(node.template, node.entry)
+        key = node.template.group_key(node.entry)
         if node.handles and node.kind is Kind.OWN:
             node.orphan = b"%d" % node.number
             os.rename(key, node.orphan, src_dir_fd=self._area.links_fd, dst_dir_fd=self._area.orphans_fd)

@@ -27,12 +27,12 @@ from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.index import Attributes
 from vzfs.store.layout import CONF, RESERVED_PREFIX, Layout
 from vzfs.store.opened import OpenTemplate
+from vzfs.store.record import Record
 from vzfs.tree.area import PrivateArea, Sync, list_names, node_name
 from vzfs.tree.listing import Listing
 from vzfs.tree.node import ROOT_NUMBER, Entry, Handle, Kind, Node
 from vzfs.tree.nodes import NAME_MAX, Nodes
 from vzfs.tree.own import ACL_XATTRS, Owner, no_space
-from vzfs.tree.record import Record
 
 log = logging.getLogger(__name__)
 
