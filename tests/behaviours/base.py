@@ -19,6 +19,7 @@ from .seeds import Seed
 FEATURES = frozenset(
     {
         "coherent-readers",  # who opened a file before another process's first write to it sees that write
+        "directory-ctime",  # renaming a directory moves its change time
         "fallocate",  # fallocate(2), all modes that ext4 has
         "getflags",  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS
         "seek-hole",  # lseek(2) with SEEK_HOLE and SEEK_DATA finds real holes

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import select
+import stat
 import subprocess
 import sys as python
 import time
@@ -22,6 +23,9 @@ from vzfs import errors
 from vzfs.errors import BusyError, NotMountedError, UnsupportedError, UsageError, VzfsError
 from vzfs.store import sys
 from vzfs.store.lock import read_holder
+
+
+FSTYPE = "fuse.vzfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,38 @@ def _unescape(text: str) -> str:
 def is_fuse_mount(mountpoint: Path) -> bool:
     """Whether the topmost mount at ``mountpoint`` is of vzfs."""
     kinds = [entry.fstype for entry in mount_table() if entry.mountpoint == os.path.abspath(mountpoint)]
-    return bool(kinds) and kinds[-1] == "fuse.vzfs"
+    return bool(kinds) and kinds[-1] == FSTYPE
+
+
+def attach(mountpoint: Path, name: str, *, read_only: bool) -> int:
+    """Mount a new FUSE file system called ``name`` at ``mountpoint``; gives the descriptor on which it is to be served.
+
+    Done here rather than by libfuse because of ``MS_POSIXACL``: with it the kernel leaves a program's umask to the server,
+    which must ignore it in directories with a default ACL (fuse_fill_super_common in fs/fuse/inode.c).
+    Raises ``UnsupportedError`` naming the remedy.
+    """
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnsupportedError(
+            f"can't open /dev/fuse: {error.strerror}", remedy="load the module: modprobe fuse"
+        ) from error
+    root_mode = stat.S_IFDIR | 0o755
+    data = f"fd={fd},rootmode={root_mode:o},user_id=0,group_id=0,default_permissions,allow_other"
+    flags = sys.MS_NOATIME | sys.MS_POSIXACL | (sys.MS_RDONLY if read_only else 0)
+    try:
+        sys.mount(name.encode(), os.fsencode(mountpoint), FSTYPE.encode(), flags, data.encode())
+    except OSError as error:
+        os.close(fd)
+        raise UnsupportedError(f"can't mount at {mountpoint}: {error.strerror}", remedy="see: vzfs doctor") from error
+    return fd
+
+
+def detach(mountpoint: Path) -> None:
+    """Take the file system at ``mountpoint`` out of the tree of files, if it is still there, in use or not."""
+    if is_fuse_mount(mountpoint):
+        with contextlib.suppress(OSError):
+            sys.umount2(os.fsencode(mountpoint), sys.MNT_DETACH)
 
 
 def unmount_dead(mountpoint: Path) -> None:

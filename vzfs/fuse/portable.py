@@ -20,6 +20,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
@@ -62,6 +63,14 @@ def _guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
     return guarded
 
 
+@dataclass(slots=True)
+class OpenDirectory:
+    """An open directory: its node number and, once it was read from the start, what is listed of it."""
+
+    number: int
+    listing: Listing | None = None
+
+
 class Engine(pyfuse3.Operations):
     """Request handlers of one mount."""
 
@@ -73,8 +82,8 @@ class Engine(pyfuse3.Operations):
         super().__init__()
         self._tree = tree
         self._limiter = trio.CapacityLimiter(THREADS)
-        self._listings: dict[int, Listing] = {}
-        self._next_listing = 1
+        self._directories: dict[int, OpenDirectory] = {}
+        self._next_directory = 1
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self._limiter)
@@ -97,7 +106,10 @@ class Engine(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for number, count in inode_list:
             try:
-                self._tree.forget(number, count)
+                if self._tree.slow_to_forget(number):
+                    await self._in_thread(self._tree.forget, number, count)
+                else:
+                    self._tree.forget(number, count)
             except Exception:
                 log.exception("forget(%d, %d) failed", number, count)
 
@@ -212,8 +224,8 @@ class Engine(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         writing = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
         if writing and self._tree.slow_to_own(inode, size=0 if flags & os.O_TRUNC else None):
-            return _file_info(await self._in_thread(self._tree.open, inode, flags))
-        return _file_info(self._tree.open(inode, flags))
+            return _file_info(await self._in_thread(self._tree.open, inode, flags, _caller(ctx)))
+        return _file_info(self._tree.open(inode, flags, _caller(ctx)))
 
     @_guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -244,8 +256,8 @@ class Engine(pyfuse3.Operations):
 
     @_guarded
     async def release(self, fh: int) -> None:
-        if self._tree.handle(fh).node.orphan:
-            await self._in_thread(self._tree.release, fh)  # freeing a large file takes long
+        if self._tree.slow_to_forget(self._tree.handle(fh).node.number):
+            await self._in_thread(self._tree.release, fh)
         else:
             self._tree.release(fh)
 
@@ -253,9 +265,9 @@ class Engine(pyfuse3.Operations):
 
     @_guarded
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        fh = self._next_listing
-        self._next_listing += 1
-        self._listings[fh] = await self._list(inode)
+        fh = self._next_directory
+        self._next_directory += 1
+        self._directories[fh] = OpenDirectory(inode)
         return fh
 
     async def _list(self, inode: int) -> Listing:
@@ -265,10 +277,10 @@ class Engine(pyfuse3.Operations):
 
     @_guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        listing = self._listings[fh]
-        if start_id == 0 and listing.started:
-            listing = self._listings[fh] = await self._list(listing.number)  # rewinddir(3) sees what is there now
-        listing.started = True
+        directory = self._directories[fh]
+        listing = directory.listing
+        if listing is None or start_id == 0:  # also rewinddir(3) sees what is there now
+            listing = directory.listing = await self._list(directory.number)
         for position in range(start_id, len(listing)):
             name, entry = listing.at(position)
             if entry is None:
@@ -280,11 +292,11 @@ class Engine(pyfuse3.Operations):
 
     @_guarded
     async def releasedir(self, fh: int) -> None:
-        self._listings.pop(fh, None)
+        self._directories.pop(fh, None)
 
     @_guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self._in_thread(self._tree.sync_directory, self._listings[fh].number)
+        await self._in_thread(self._tree.sync_directory, self._directories[fh].number)
 
     # --------------------------------------------------------------------------------------------- extended attributes
 
@@ -294,7 +306,7 @@ class Engine(pyfuse3.Operations):
 
     @_guarded
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        return self._tree.listxattr(inode)
+        return self._tree.listxattr(inode, _caller(ctx))
 
     @_guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -306,7 +318,7 @@ class Engine(pyfuse3.Operations):
 
 
 def _caller(ctx: pyfuse3.RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid)
+    return Caller(ctx.uid, ctx.gid, ctx.umask)
 
 
 def _file_info(handle: Handle) -> pyfuse3.FileInfo:

@@ -22,7 +22,7 @@ import pyfuse3
 import trio
 
 from vzfs.errors import UnsupportedError, UsageError, VzfsError
-from vzfs.fuse.mount import is_fuse_mount, unmount_dead
+from vzfs.fuse.mount import attach, detach, unmount_dead
 from vzfs.fuse.portable import Engine
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.container import remember_user
@@ -72,7 +72,8 @@ def serve(order: Order, report_fd: int = -1) -> None:
                 log.info("serving %s at %s, engine %s", container, mountpoint, engine)
                 trio.run(_run, report_fd)
             finally:
-                pyfuse3.close(unmount=is_fuse_mount(mountpoint))
+                detach(mountpoint)
+                pyfuse3.close(unmount=False)
                 log.info("unmounted %s", mountpoint)
         finally:
             tree.close()
@@ -138,21 +139,12 @@ def _open_tree(order: Order, layout: Layout, container: Path) -> Tree:
 
 
 def _mount(tree: Tree, order: Order, mountpoint: Path) -> None:
-    options = {
-        "default_permissions",
-        "allow_other",
-        "suid",
-        "dev",
-        "noatime",
-        f"fsname=vzfs#{os.path.basename(order.container)}",
-        "subtype=vzfs",
-    }
-    if order.read_only:
-        options.add("ro")
+    fd = attach(mountpoint, f"vzfs#{os.path.basename(order.container)}", read_only=order.read_only)
     try:
-        pyfuse3.init(Engine(tree), str(mountpoint), options)
-    except RuntimeError as error:
-        raise UnsupportedError(f"can't mount at {mountpoint}: {error}", remedy="see: vzfs doctor") from error
+        pyfuse3.init(Engine(tree), f"/dev/fd/{fd}", set())  # libfuse serves a descriptor that is mounted already
+    except BaseException:
+        detach(mountpoint)
+        raise
 
 
 async def _run(report_fd: int) -> None:

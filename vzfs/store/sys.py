@@ -31,6 +31,9 @@ RENAME_WHITEOUT = 4
 FICLONE = 0x40049409
 
 # <sys/mount.h>
+MS_RDONLY = 1
+MS_NOATIME = 1 << 10
+MS_POSIXACL = 1 << 16
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
@@ -75,6 +78,14 @@ def renameat2(src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) 
     _check(
         _libc.syscall(_NR_RENAMEAT2, src_fd, ctypes.c_char_p(src), dst_fd, ctypes.c_char_p(dst), ctypes.c_uint(flags)),
         dst,
+    )
+
+
+def mount(source: bytes, target: bytes, fstype: bytes, flags: int, data: bytes) -> None:
+    """Mount a file system (mount(2))."""
+    _check(
+        _libc.mount(*map(ctypes.c_char_p, (source, target, fstype)), ctypes.c_ulong(flags), ctypes.c_char_p(data)),
+        target,
     )
 
 

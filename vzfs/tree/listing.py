@@ -12,15 +12,14 @@ from vzfs.tree.node import Entry
 
 
 class Listing:
-    """Names in directory ``number``, ``.`` and ``..`` first; a removed directory has none. ``started`` is the caller's."""
+    """Names in directory ``number``, ``.`` and ``..`` first; a removed directory has none."""
 
-    __slots__ = ("_describe", "_names", "number", "started")
+    __slots__ = ("_describe", "_names", "number")
 
     def __init__(
         self, number: int, names: Callable[[int], Sequence[bytes]], describe: Callable[[int, bytes], Entry | None]
     ) -> None:
         self.number = number
-        self.started = False
         self._describe = describe
         self._names = names(number)
 

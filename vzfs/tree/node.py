@@ -57,6 +57,7 @@ class Node:
         "name",
         "number",
         "orphan",
+        "others",
         "parent",
         "template",
     )
@@ -87,12 +88,18 @@ class Node:
         self.folded_children: int | None = None  # folded directories in this real one; None until counted
         self.dead = False
         self.last: Attributes | None = None  # of a dead node that left nothing on the disk
-        self.lost = False  # the name it was known by went, others exist that nobody has looked up
-        self.orphan = b""  # name in cow/orphans while open with no other known name
+        self.others: set[tuple[Node, bytes]] | None = None  # further names of an own file that the kernel knows
+        self.lost = False  # every name that the kernel knew went, others exist that nobody has looked up
+        self.orphan = b""  # name in cow/orphans while known but without a known name
 
     @property
     def is_directory(self) -> bool:
         return self.kind is Kind.DIRECTORY or self.kind is Kind.FOLDED
+
+    @property
+    def known(self) -> bool:
+        """Whether the kernel or an open file may still ask for the node."""
+        return self.lookups > 0 or self.handles is not None
 
     @property
     def moved(self) -> bool:

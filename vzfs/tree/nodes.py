@@ -21,6 +21,7 @@ from vzfs.store import magic, sys
 from vzfs.store.index import INO_START, Attributes
 from vzfs.store.layout import FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR
 from vzfs.store.opened import OpenTemplate
+from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_record
 from vzfs.tree.area import PrivateArea, list_names, node_name
 from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node
@@ -211,8 +212,8 @@ class Nodes:
         """The node of an object of the container's own."""
         node = self._by_backing.get(info.st_ino)
         if node is not None:
-            if info.st_nlink > 1 and not node.is_directory and not node.group:
-                self.place(node, parent, name)  # any of its names will do: the one that was just seen exists
+            if info.st_nlink > 1 and not node.is_directory:
+                self.add_name(node, parent, name)
             return node
         kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
         node = self._copied(parent, name, kind) or self.new_own(kind, info.st_ino)
@@ -283,10 +284,54 @@ class Nodes:
             parent.children -= 1
             self.drop_if_unused(parent)
 
-    def lose_name(self, node: Node) -> None:
-        """Say that the name by which the node was known is gone, while others that nobody asked for are there."""
+    def lies_at(self, node: Node, parent: Node, name: bytes) -> bool:
+        """Whether the node's place, the first of its names, is ``name`` in ``parent``."""
+        if node.parent is not None:
+            return node.parent is parent and node.name == name
+        return not node.lost and self._is_default_place(node, parent, name)
+
+    def add_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """Say that an own file lies at ``name`` in ``parent``, too."""
+        if node.lost:
+            self.place(node, parent, name)
+        elif not self.lies_at(node, parent, name):
+            node.others = node.others or set()
+            if (parent, name) not in node.others:
+                node.others.add((parent, name))
+                parent.children += 1
+
+    def remove_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """Say that the node does not lie at ``name`` in ``parent`` any more, while others of its names exist."""
+        if node.others and (parent, name) in node.others:
+            self._leave_other(node, parent, name)
+        elif self.lies_at(node, parent, name):
+            self.leave_place(node)
+            node.lost = not node.others
+            if node.others:
+                other_parent, other_name = next(iter(node.others))
+                self.place(node, other_parent, other_name)
+                self._leave_other(node, other_parent, other_name)
+
+    def _leave_other(self, node: Node, parent: Node, name: bytes) -> None:
+        assert node.others is not None
+        node.others.remove((parent, name))
+        node.others = node.others or None
+        parent.children -= 1
+        self.drop_if_unused(parent)
+
+    def move_name(self, node: Node, old_parent: Node, old_name: bytes, parent: Node, name: bytes) -> None:
+        """Say that what was ``old_name`` in ``old_parent`` is ``name`` in ``parent`` now."""
+        if node.others and (old_parent, old_name) in node.others:
+            self._leave_other(node, old_parent, old_name)
+            self.add_name(node, parent, name)
+        else:
+            self.place(node, parent, name)
+
+    def leave_all_places(self, node: Node) -> None:
+        """Let go of the directories that the node lies in."""
         self.leave_place(node)
-        node.lost = True
+        for parent, name in list(node.others or ()):
+            self._leave_other(node, parent, name)
 
     def adopt(self, parent: Node, name: bytes, info: os.stat_result) -> Node:
         """The node of the just made object ``name``."""
@@ -304,7 +349,7 @@ class Nodes:
         node.lost = False
         self._by_backing.pop(node.backing, None)
         self.area.forget(node)
-        self.leave_place(node)
+        self.leave_all_places(node)
         self.register(node)
 
     def forget(self, number: int, count: int) -> Node | None:
@@ -313,10 +358,16 @@ class Nodes:
         if node is None or node is self.root:
             return None
         node.lookups -= count
-        return node if self.drop_if_unused(node) else None
+        if not self.drop_if_unused(node):
+            return None
+        self.area.forget(node)
+        return node
 
     def drop_if_unused(self, node: Node) -> bool:
-        """Drop the node from the table unless somebody or something still needs it there."""
+        """Drop the node from the table unless somebody or something still needs it there.
+
+        Its descriptor, if it is a directory, may be borrowed just now and so is left to the cache's own order.
+        """
         if node.lookups > 0 or node.handles or node.children or node is self.root:
             return False
         if node.moved and not node.dead:
@@ -325,8 +376,7 @@ class Nodes:
             del self._table[node.number]
         if self._by_backing.get(node.backing) is node:
             del self._by_backing[node.backing]
-        self.area.forget(node)
-        self.leave_place(node)
+        self.leave_all_places(node)
         return True
 
     def unfolded(self, node: Node, backing: int) -> None:
@@ -422,8 +472,7 @@ class Nodes:
             nlink = 0 if node.dead else self.group_nlink(node)
         attributes = Attributes.of(info, node.ino, nlink)
         if stat.S_ISLNK(info.st_mode):
-            text = magic.unescape(os.readlink(name, dir_fd=folder))
-            attributes = attributes._replace(size=len(text))
+            attributes = attributes._replace(size=len(read_own_link(folder, name)))
         return attributes
 
     def group_nlink(self, node: Node) -> int:

@@ -15,10 +15,11 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from vzfs.store import magic, sys
+from vzfs.store import sys
 from vzfs.store.faults import step
 from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR, OWN_FOLDER_MODE, XATTR_PREFIX
 from vzfs.store.opened import OpenTemplate, apply_attributes
+from vzfs.store.ownlink import make_own_link
 from vzfs.store.record import Record, read_own_xattrs, read_record
 from vzfs.tree.area import PrivateArea, Sync
 from vzfs.tree.node import Kind, Node
@@ -99,7 +100,7 @@ class Owner:
         assert template is not None
         attributes = template.index.attributes(node.entry)
         if stat.S_ISLNK(attributes.mode):
-            os.symlink(magic.escape(template.index.target(node.entry)), name, dir_fd=self._area.stage_fd)
+            make_own_link(self._area.stage_fd, name, template.index.target(node.entry))
         else:
             os.mknod(name, attributes.mode, attributes.rdev, dir_fd=self._area.stage_fd)
         step("copy-up:copied")
@@ -255,10 +256,10 @@ class Owner:
         return nlink
 
     def end_group(self, node: Node) -> None:
-        """The last name of the group is gone: remove its record, or keep it as an orphan while it is open."""
+        """The last name of the group is gone: remove its record, or keep it as an orphan while it is known."""
         assert node.template is not None
         key = node.template.group_key(node.entry)
-        if node.handles and node.kind is Kind.OWN:
+        if node.known and node.kind is Kind.OWN:
             node.orphan = b"%d" % node.number
             os.rename(key, node.orphan, src_dir_fd=self._area.links_fd, dst_dir_fd=self._area.orphans_fd)
         else:
@@ -267,13 +268,21 @@ class Owner:
 
     # ------------------------------------------------------------------------------------------------------ orphans
 
-    def keep_as_orphan(self, node: Node) -> None:
-        """Give an open file of the container's own that is about to lose its last name a name in ``cow/orphans``."""
-        folder, name = self._nodes.location(node)
+    # An object of the container's own that loses its last known name gets one in ``cow/orphans``: so it stays usable, and
+    # its inode number isn't given to another while the kernel still holds it.
+
+    def move_to_orphans(self, node: Node, folder: int, name: bytes) -> None:
+        """Take the last ``name`` of an own object away."""
         orphan = b"%d" % node.number
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(orphan, dir_fd=self._area.orphans_fd)
+        os.rename(name, orphan, src_dir_fd=folder, dst_dir_fd=self._area.orphans_fd)
+        step("orphan:moved")
+        node.orphan = orphan
+
+    def link_to_orphans(self, node: Node, folder: int, name: bytes) -> None:
+        """Keep an own object that is about to lose ``name``."""
+        orphan = b"%d" % node.number
         os.link(name, orphan, src_dir_fd=folder, dst_dir_fd=self._area.orphans_fd, follow_symlinks=False)
+        step("orphan:linked")
         node.orphan = orphan
 
     def discard_stage(self, staged: bytes) -> None:

@@ -16,21 +16,21 @@ import logging
 import os
 import stat
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from vzfs.store import magic, sys
+from vzfs.store import sys
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.index import Attributes
 from vzfs.store.layout import CONF, RESERVED_PREFIX, Layout
 from vzfs.store.opened import OpenTemplate
+from vzfs.store.ownlink import make_own_link, read_own_link
 from vzfs.store.record import Record
-from vzfs.tree.area import PrivateArea, Sync, list_names, node_name
+from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.listing import Listing
-from vzfs.tree.node import ROOT_NUMBER, Entry, Handle, Kind, Node
+from vzfs.tree.node import Entry, Handle, Kind, Node
 from vzfs.tree.nodes import NAME_MAX, Nodes
 from vzfs.tree.own import ACL_XATTRS, Owner, no_space
 
@@ -40,6 +40,8 @@ SLOW_COPY = 128 << 10
 """Bytes of a file whose copy-up is long work: about a millisecond with its flush."""
 SLOW_UNFOLD = 64
 """Entries of a directory whose unfolding is long work: about a millisecond."""
+SLOW_FREE = 64 << 20
+"""Bytes of an unlinked file whose removal is long work."""
 SLOW_LISTING = 2048
 """Names in a directory whose reading is long work; 64 bytes each in a directory's size."""
 _BACKING_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
@@ -47,10 +49,14 @@ _BACKING_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 
 
 class Caller(NamedTuple):
-    """Who makes something new: its file system user and group."""
+    """Who asks for something: its file system user and group, and the mask for the modes of what it makes."""
 
     uid: int
     gid: int
+    umask: int = 0
+
+
+ROOT = Caller(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class Tree:
     def __init__(self, layout: Layout, container: Path, *, read_only: bool = False, sync: Sync = Sync.DATA) -> None:
         conf = Conf.load(container / CONF)
         self._lock = threading.RLock()
+        self._read_only = read_only
         self._busy: dict[int, threading.Event] = {}
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
@@ -92,6 +99,8 @@ class Tree:
         with self._lock:
             for number in list(self._handles):
                 self.release(number)
+            if not self._read_only:
+                self._area.clear_leftovers()
             self._nodes.close()
             self._area.close()
 
@@ -116,7 +125,19 @@ class Tree:
     def forget(self, number: int, count: int) -> None:
         """The kernel has forgotten ``count`` look-ups of ``number``."""
         with self._lock:
-            self._nodes.forget(number, count)
+            node = self._nodes.forget(number, count)
+            if node is not None:
+                self._discard_orphan(node)
+
+    def slow_to_forget(self, number: int) -> bool:
+        """Whether forgetting or closing the node may free a large file, which is long work."""
+        node = self._nodes.registered(number)
+        return node is not None and bool(node.orphan) and node.last is not None and node.last.size > SLOW_FREE
+
+    def _discard_orphan(self, node: Node) -> None:
+        if node.orphan:
+            os.unlink(node.orphan, dir_fd=self._area.orphans_fd)
+            node.orphan = b""
 
     def getattr(self, number: int) -> Attributes:
         """What stat tells of the node."""
@@ -133,7 +154,7 @@ class Tree:
                     raise OSError(errno.EINVAL, "not a symbolic link")
                 return node.template.index.target(node.entry)
             folder, name = self._nodes.location(node)
-            return magic.unescape(os.readlink(name, dir_fd=folder))
+            return read_own_link(folder, name)
 
     def listing(self, number: int) -> Listing:
         """Start listing the directory ``number``."""
@@ -322,7 +343,7 @@ class Tree:
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
         """Make a symbolic link; a text that would be a magic link is stored so that it is none."""
-        return self._make(parent, name, caller, lambda fd: os.symlink(magic.escape(target), name, dir_fd=fd))
+        return self._make(parent, name, caller, lambda fd: make_own_link(fd, name, target))
 
     def _make(self, parent: int, name: bytes, caller: Caller, make: Callable[[int], None]) -> Entry:
         self._check_length(name)
@@ -330,7 +351,8 @@ class Tree:
         with self._lock:
             directory = self._living_directory(parent)
             fd = self._nodes.directory_fd(directory)
-            make(fd)
+            with _masked(caller.umask):
+                make(fd)
             return self._adopt(directory, fd, name, caller)
 
     @staticmethod
@@ -370,16 +392,13 @@ class Tree:
             if not flags & os.O_EXCL:
                 present = self._nodes.child(directory, name)
                 if present is not None:
-                    handle = self.open(present.number, flags)
+                    handle = self.open(present.number, flags, caller)
                     present.lookups += 1
                     return handle, self._nodes.entry(present)
             fd = self._nodes.directory_fd(directory)
-            backing = os.open(
-                name,
-                flags & _BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
-                mode & 0o7777,
-                dir_fd=fd,
-            )
+            making = flags & _BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with _masked(caller.umask):
+                backing = os.open(name, making, mode & 0o7777, dir_fd=fd)
             try:
                 entry = self._adopt(directory, fd, name, caller)
             except BaseException:
@@ -393,7 +412,8 @@ class Tree:
         self._own_directory(parent)
         with self._lock:
             node = self._nodes.get(number)
-            fd = self._nodes.directory_fd(self._living_directory(parent))
+            directory = self._living_directory(parent)
+            fd = self._nodes.directory_fd(directory)
             if node.is_directory:
                 raise PermissionError(errno.EPERM, "a directory has one name", name)
             if node.dead:
@@ -403,6 +423,7 @@ class Tree:
             if node.kind is Kind.OWN and not node.group:
                 source, source_name = self._nodes.location(node)
                 os.link(source_name, name, src_dir_fd=source, dst_dir_fd=fd, follow_symlinks=False)
+                self._nodes.add_name(node, directory, name)
             else:
                 self._link_group(node, fd, name)
             node.lookups += 1
@@ -437,10 +458,16 @@ class Tree:
             node = self._existing(directory, name)
             if node.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "is a directory", name)
-            last = self._before_losing_name(node, directory, name)
-            known = not last and not node.group and self._known_as(node, directory, name)
-            os.unlink(name, dir_fd=self._nodes.directory_fd(directory))
-            self._after_losing_name(node, last=last, known=known)
+            last = self._loses_last_name(node)
+            keep = self._must_keep(node, directory, name, last=last)
+            fd = self._nodes.directory_fd(directory)
+            if keep and last:
+                self._owner.move_to_orphans(node, fd, name)
+            else:
+                if keep:
+                    self._owner.link_to_orphans(node, fd, name)
+                os.unlink(name, dir_fd=fd)
+            self._after_losing_name(node, directory, name, last=last)
 
     def _existing(self, directory: Node, name: bytes) -> Node:
         node = self._nodes.child(directory, name)
@@ -448,30 +475,31 @@ class Tree:
             raise FileNotFoundError(errno.ENOENT, "no such name", name)
         return node
 
-    def _before_losing_name(self, node: Node, directory: Node, name: bytes) -> bool:
-        """Make sure that the node stays usable; says whether it is about to lose its last name."""
-        now = self._nodes.attributes(node)
-        if now.nlink > 1 and not node.is_directory:
-            if node.handles and not node.group and not node.orphan and self._known_as(node, directory, name):
-                self._owner.keep_as_orphan(node)
+    def _must_keep(self, node: Node, directory: Node, name: bytes, *, last: bool) -> bool:
+        """Whether the node, about to lose this name, needs another one to stay usable for who knows it already."""
+        if node.kind is not Kind.OWN or node.group or node.orphan:
             return False
-        if node.handles and node.kind is Kind.OWN and not node.group and not node.orphan:
-            self._owner.keep_as_orphan(node)
-        node.last = now._replace(nlink=0)
-        return True
+        if last:
+            return node.known
+        return node.handles is not None and not node.others and self._nodes.lies_at(node, directory, name)
 
-    def _known_as(self, node: Node, directory: Node, name: bytes) -> bool:
-        return not node.lost and node_name(node) == name and self._nodes.parent(node).number == directory.number
+    def _loses_last_name(self, node: Node) -> bool:
+        """Whether the node has one name only; then its attributes without it are noted."""
+        now = self._nodes.attributes(node)
+        last = now.nlink <= 1 or node.is_directory
+        if last:
+            node.last = now._replace(nlink=0)
+        return last
 
-    def _after_losing_name(self, node: Node, *, last: bool, known: bool) -> None:
+    def _after_losing_name(self, node: Node, directory: Node, name: bytes, *, last: bool) -> None:
         if node.group:
             if self._owner.change_group_nlink(node, -1) <= 0:
                 self._owner.end_group(node)
                 self._nodes.bury(node)
         elif last:
             self._nodes.bury(node)
-        elif known:
-            self._nodes.lose_name(node)
+        else:
+            self._nodes.remove_name(node, directory, name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory."""
@@ -482,7 +510,7 @@ class Tree:
             fd = self._nodes.directory_fd(directory)
             if not node.is_directory:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory", name)
-            self._before_losing_name(node, directory, name)
+            self._loses_last_name(node)
             if node.kind is Kind.FOLDED:
                 self._check_empty(node)
                 os.unlink(name, dir_fd=fd)
@@ -562,15 +590,17 @@ class Tree:
             return  # two names of one inode: rename(2) does nothing
         self._nodes.register(source)
         exchange = bool(flags & sys.RENAME_EXCHANGE)
-        last = known = False
-        if target is not None and not exchange:
-            last = self._before_losing_name(target, target_dir, new_name)
-            known = not last and not target.group and self._known_as(target, target_dir, new_name)
+        last = target is not None and not exchange and self._loses_last_name(target)
         if source.kind is Kind.FOLDED and target_dir is not source_dir:
             self._owner.mark_folds(target_dir)
         if exchange and target is not None and target.kind is Kind.FOLDED:
             self._owner.mark_folds(source_dir)
+        self._change_ctime(source)
+        if exchange and target is not None:
+            self._change_ctime(target)
         source_fd, target_fd = self._nodes.directory_fd(source_dir), self._nodes.directory_fd(target_dir)
+        if target is not None and not exchange and self._must_keep(target, target_dir, new_name, last=last):
+            self._owner.link_to_orphans(target, target_fd, new_name)
         sys.renameat2(source_fd, old_name, target_fd, new_name, flags)
         if source.kind is Kind.FOLDED:
             self._count_folded(source_dir, -1)
@@ -580,20 +610,26 @@ class Tree:
             if exchange:
                 self._count_folded(source_dir, +1)
         if target is not None and not exchange:
-            self._after_losing_name(target, last=last, known=known)
-        self._replaced(source, target_dir, new_name)
+            self._after_losing_name(target, target_dir, new_name, last=last)
+        self._moved(source, source_dir, old_name, target_dir, new_name)
         if target is not None and exchange:
-            self._replaced(target, source_dir, old_name)
+            self._moved(target, target_dir, new_name, source_dir, old_name)
 
-    def _replaced(self, node: Node, directory: Node, name: bytes) -> None:
-        """The node now lies at ``name`` in ``directory``."""
+    def _change_ctime(self, node: Node) -> None:
+        """Give a template's regular file that is renamed a change time of its own: incremental backups go by it."""
+        if node.kind in (Kind.TEMPLATE, Kind.RECORD):
+            assert node.template is not None
+            if stat.S_ISREG(node.template.index.mode(node.entry)):
+                self._owner.change_record(node, lambda record: record)
+
+    def _moved(self, node: Node, old_directory: Node, old_name: bytes, directory: Node, name: bytes) -> None:
         if not node.group:
-            self._nodes.place(node, directory, name)
+            self._nodes.move_name(node, old_directory, old_name, directory, name)
             self._nodes.register(node)
 
     # --------------------------------------------------------------------------------------------------- open files
 
-    def open(self, number: int, flags: int) -> Handle:
+    def open(self, number: int, flags: int, caller: Caller = ROOT) -> Handle:
         """Open a regular file with the flags of open(2); opening a template's file for writing copies it up."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
         if writing:
@@ -608,6 +644,8 @@ class Tree:
                 return self._add_handle(node, node.template.open_file(node.entry), flags)
             folder, name = self._nodes.location(node)
             fd = os.open(name, flags & _BACKING_FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            if flags & os.O_TRUNC and caller.uid:
+                _drop_set_id(fd)
             return self._add_handle(node, fd, flags)
 
     def _add_handle(self, node: Node, fd: int, flags: int) -> Handle:
@@ -638,10 +676,8 @@ class Tree:
             node.handles.remove(handle)
             if not node.handles:
                 node.handles = None
-                if node.orphan:
-                    os.unlink(node.orphan, dir_fd=self._area.orphans_fd)
-                    node.orphan = b""
-                self._nodes.drop_if_unused(node)
+                if self._nodes.drop_if_unused(node) or not node.dead:
+                    self._discard_orphan(node)
 
     def sync_directory(self, number: int) -> None:
         """fsync(2) of a directory; a folded one is on the disk already."""
@@ -736,17 +772,19 @@ class Tree:
                 value = self._owner.xattrs(node).get(os.fsdecode(name)) if not node.dead else None
                 if value is not None:
                     return value
+                _check_xattr_name(name)
             raise OSError(errno.ENODATA, "no such attribute", name)
 
-    def listxattr(self, number: int) -> list[bytes]:
-        """Names of the extended attributes that the container may see."""
+    def listxattr(self, number: int, caller: Caller = ROOT) -> list[bytes]:
+        """Names of the extended attributes that the caller may see: ``trusted.*`` is root's."""
         with self._lock:
             node = self._nodes.get(number)
             if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
                 names = os.listxattr(self._nodes.path(node), follow_symlinks=False)
             else:
                 names = list(self._owner.xattrs(node)) if not node.dead else []
-            return [raw for raw in map(os.fsencode, names) if not _is_reserved(raw)]
+            hidden = RESERVED_PREFIX.encode() if caller.uid == 0 else b"trusted."
+            return [raw for raw in map(os.fsencode, names) if not raw.startswith(hidden)]
 
     def setxattr(self, number: int, name: bytes, value: bytes, flags: int = 0) -> None:
         """Set an extended attribute, with the flags of setxattr(2)."""
@@ -779,8 +817,7 @@ class Tree:
         change: Callable[[dict[str, bytes]], None],
         change_own: Callable[[bytes], None],
     ) -> None:
-        if _is_reserved(name):
-            raise PermissionError(errno.EPERM, "a reserved attribute", name)
+        _check_xattr_name(name)
         with self._lock:
             node = self._nodes.get(number)
             if node.kind in (Kind.TEMPLATE, Kind.RECORD):
@@ -815,13 +852,37 @@ class Tree:
             return True
 
 
+def _check_xattr_name(name: bytes) -> None:
+    """Refuse what no file system of Linux takes (xattr(7)), and the store's own names."""
+    if _is_reserved(name):
+        raise PermissionError(errno.EPERM, "a reserved attribute", name)
+    namespace, _, rest = name.partition(b".")
+    if namespace not in (b"user", b"trusted", b"security") and os.fsdecode(name) not in ACL_XATTRS:
+        raise OSError(errno.EOPNOTSUPP, "no such namespace of attributes", name)
+    if not rest:
+        raise OSError(errno.EINVAL, "an attribute without a name", name)
+
+
 def _is_reserved(name: bytes) -> bool:
     return name.startswith(RESERVED_PREFIX.encode())
 
 
-def now_ns() -> int:
-    """The time for attributes that are set to "now", nanoseconds since 1970."""
-    return time.time_ns()
+@contextlib.contextmanager
+def _masked(umask: int) -> Iterator[None]:
+    """Make something with a program's umask, which the file system applies unless a default ACL decides instead.
+
+    The mask is the process's; all else that is made here gets its mode by chmod(2) afterwards.
+    """
+    os.umask(umask)
+    try:
+        yield
+    finally:
+        os.umask(0)
 
 
-__all__ = ["ROOT_NUMBER", "Caller", "Changes", "Entry", "Handle", "Tree", "now_ns"]
+def _drop_set_id(fd: int) -> None:
+    """What truncation by anyone but root does to setuid and setgid bits (and a root's file server doesn't)."""
+    mode = os.fstat(fd).st_mode
+    kept = mode & ~stat.S_ISUID & ~(stat.S_ISGID if mode & stat.S_IXGRP else 0)
+    if kept != mode:
+        os.fchmod(fd, stat.S_IMODE(kept))
