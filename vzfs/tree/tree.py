@@ -217,6 +217,8 @@ class Tree:
 
         ``size`` is how many bytes of a file's content will be kept (all if ``None``).
         """
+        if self._is_own(number):
+            return False
         with self._lock:
             node = self._nodes.get(number)
             template = node.template
@@ -228,6 +230,11 @@ class Tree:
                 content = template.index.attributes(node.entry).size
                 return min(content, content if size is None else size) > SLOW_COPY or self._parent_is_slow(node)
             return template.index.child_count[node.entry] > SLOW_UNFOLD or self._parent_is_slow(node)
+
+    def _is_own(self, number: int) -> bool:
+        """Whether the node is known to be the container's own; a quick answer, which never turns from yes to no."""
+        node = self._nodes.registered(number)
+        return node is not None and (node.kind is Kind.DIRECTORY or node.kind is Kind.OWN)
 
     def _parent_is_slow(self, node: Node) -> bool:
         if node.dead or node.group:
@@ -269,6 +276,8 @@ class Tree:
         commit: Callable[[Node, bytes], None],
     ) -> None:
         """Stage and commit unless the node is the container's own already; one thread does it, others wait for it."""
+        if self._is_own(number):
+            return
         while True:
             with self._lock:
                 node = self._nodes.get(number)
@@ -642,8 +651,7 @@ class Tree:
                 assert node.template is not None
                 self._nodes.register(node)
                 return self._add_handle(node, node.template.open_file(node.entry), flags)
-            folder, name = self._nodes.location(node)
-            fd = os.open(name, flags & _BACKING_FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            fd = self._open_own(node, flags)
             if flags & os.O_TRUNC and caller.uid:
                 _drop_set_id(fd)
             return self._add_handle(node, fd, flags)
@@ -740,25 +748,38 @@ class Tree:
 
     def _set_own(self, node: Node, changes: Changes, handle: Handle | None) -> None:
         path = self._nodes.path(node)
+        info = os.lstat(path)
         if changes.size is not None:
-            self._truncate(node, path, changes.size, handle)
+            self._truncate(node, changes.size, handle)
         if changes.uid is not None or changes.gid is not None:
             uid, gid = (-1 if changes.uid is None else changes.uid), (-1 if changes.gid is None else changes.gid)
             os.chown(path, uid, gid, follow_symlinks=False)
         if changes.mode is not None:
+            if stat.S_ISLNK(info.st_mode):  # chmod(2) here would follow it; kernels before 6.6 do ask for this
+                raise OSError(errno.EOPNOTSUPP, "a symbolic link has no mode")
             os.chmod(path, changes.mode & 0o7777)
         if changes.atime_ns is not None or changes.mtime_ns is not None:
-            info = os.stat(path, follow_symlinks=False)
+            info = os.lstat(path)
             atime_ns = info.st_atime_ns if changes.atime_ns is None else changes.atime_ns
             mtime_ns = info.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns
             os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=False)
 
-    @staticmethod
-    def _truncate(node: Node, path: bytes, size: int, handle: Handle | None) -> None:
+    def _truncate(self, node: Node, size: int, handle: Handle | None) -> None:
         if handle is not None and handle.flags & os.O_ACCMODE != os.O_RDONLY and handle.node is node:
             os.ftruncate(handle.fd, size)
-        else:
-            os.truncate(path, size)
+            return
+        fd = self._open_own(node, os.O_WRONLY)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def _open_own(self, node: Node, flags: int) -> int:
+        """Open a regular file of the container's own; anything else is refused before it is touched: it may be a device."""
+        folder, name = self._nodes.location(node)
+        if not stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return os.open(name, flags & _BACKING_FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
 
     # --------------------------------------------------------------------------------------------- extended attributes
 
