@@ -21,6 +21,17 @@ ROOT_NUMBER = 1
 """Node number of a mount's root (FUSE_ROOT_ID)."""
 
 
+class Readers(enum.Enum):
+    """What becomes of files that are open for reading when their node is copied up."""
+
+    SHARE = "share"
+    """They see the copy, as on any other file system: for an engine through which all reads go."""
+    KEEP = "keep"
+    """They keep the template's data under the old node number while the copy gets a new one, and whoever wanted to write
+    gets ESTALE, upon which the kernel looks the name up again: for an engine with passthrough, where one node has one
+    backing file for as long as anybody has it open."""
+
+
 class Kind(enum.Enum):
     """Where a node's attributes and content are."""
 

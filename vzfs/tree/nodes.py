@@ -216,13 +216,13 @@ class Nodes:
                 self.add_name(node, parent, name)
             return node
         kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
-        node = self._copied(parent, name, kind) or self.new_own(kind, info.st_ino)
+        node = self._copied(parent, name, kind, info.st_ino) or self.new_own(kind, info.st_ino)
         self.place(node, parent, name)
         self.set_own(node, kind, info.st_ino)
         self.register(node)
         return node
 
-    def _copied(self, parent: Node, name: bytes, kind: Kind) -> Node | None:
+    def _copied(self, parent: Node, name: bytes, kind: Kind, backing: int) -> Node | None:
         """The template's node if the object was copied from one, so that it keeps that inode number."""
         try:
             data = os.getxattr(self._at(parent, name), ORIGIN_XATTR, follow_symlinks=False)
@@ -234,13 +234,18 @@ class Nodes:
         if origin is None:
             return None
         number = self._number(*origin)
-        if number in self._table or origin[0].index.is_directory(origin[1]) != (kind is Kind.DIRECTORY):
-            return None  # somebody copied the object together with its origin: only one can keep the number
-        return Node(number, kind, number, *origin)
+        if origin[0].index.is_directory(origin[1]) != (kind is Kind.DIRECTORY):
+            return None
+        holder = self._table.get(number)
+        if holder is None:
+            return Node(number, kind, number, *origin)
+        if holder.dead and holder.template is not None:  # readers keep it, see ``split``
+            return Node(private_number(backing), kind, number, *origin)
+        return None  # somebody copied the object together with its origin: only one can keep the number
 
     def new_own(self, kind: Kind, backing: int) -> Node:
         """A node for an object of the private area that came from no template, not yet registered."""
-        number = backing if backing < INO_START else backing + PRIVATE_SHIFT
+        number = private_number(backing)
         node = Node(number, kind, number)
         previous = self._table.get(number)
         if previous is not None:  # unlinked, forgotten by the file system, not yet by the kernel
@@ -378,6 +383,16 @@ class Nodes:
             del self._by_backing[node.backing]
         self.leave_all_places(node)
         return True
+
+    def split(self, node: Node, backing: int) -> Node:
+        """Let who has the node open keep it without a name, and give its names to a new node for the object ``backing``."""
+        copy = Node(private_number(backing), Kind.OWN, node.ino, node.template, node.entry, group=node.group)
+        copy.parent, copy.name, node.parent = node.parent, node.name, None
+        node.dead = True
+        self.register(node)
+        self.set_own(copy, Kind.OWN, backing)
+        self.register(copy)
+        return copy
 
     def unfolded(self, node: Node, backing: int) -> None:
         """The folded directory has become the real one ``backing``."""
@@ -520,3 +535,8 @@ class Nodes:
             return False
         entry = index.find_path(link.path)
         return entry is not None and index.is_directory(entry)
+
+
+def private_number(backing: int) -> int:
+    """Node and inode number of an object that has the inode number ``backing`` in the private area's file system."""
+    return backing if backing < INO_START else backing + PRIVATE_SHIFT

@@ -22,7 +22,7 @@ from vzfs.store.opened import OpenTemplate, apply_attributes
 from vzfs.store.ownlink import make_own_link
 from vzfs.store.record import Record, read_own_xattrs, read_record
 from vzfs.tree.area import PrivateArea, Sync
-from vzfs.tree.node import Kind, Node
+from vzfs.tree.node import Kind, Node, Readers
 from vzfs.tree.nodes import Nodes
 
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
@@ -31,7 +31,8 @@ ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
 class Owner:
     """Turns nodes of the template into the container's own."""
 
-    def __init__(self, nodes: Nodes, area: PrivateArea, sync: Sync) -> None:
+    def __init__(self, nodes: Nodes, area: PrivateArea, sync: Sync, readers: Readers) -> None:
+        self._readers = readers
         self._nodes = nodes
         self._area = area
         self._sync = sync
@@ -126,7 +127,12 @@ class Owner:
                 os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
                 step("copy-up:renamed")
         folder, name = self._nodes.location(node)
-        self._nodes.set_own(node, Kind.OWN, os.lstat(name, dir_fd=folder).st_ino)
+        backing = os.lstat(name, dir_fd=folder).st_ino
+        if node.handles and not node.dead and self._readers is Readers.KEEP:
+            node.last = attributes
+            self._nodes.split(node, backing)
+            return
+        self._nodes.set_own(node, Kind.OWN, backing)
         self._nodes.register(node)
         self._repoint_handles(node, folder, name)
 

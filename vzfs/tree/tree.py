@@ -30,7 +30,7 @@ from vzfs.store.ownlink import make_own_link, read_own_link
 from vzfs.store.record import Record
 from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.listing import Listing
-from vzfs.tree.node import Entry, Handle, Kind, Node
+from vzfs.tree.node import Entry, Handle, Kind, Node, Readers
 from vzfs.tree.nodes import NAME_MAX, Nodes
 from vzfs.tree.own import ACL_XATTRS, Owner, no_space
 
@@ -77,7 +77,15 @@ class Tree:
     Raises ``OSError`` and, at construction, ``VzfsError`` when the container or its template is damaged or missing.
     """
 
-    def __init__(self, layout: Layout, container: Path, *, read_only: bool = False, sync: Sync = Sync.DATA) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        container: Path,
+        *,
+        read_only: bool = False,
+        sync: Sync = Sync.DATA,
+        readers: Readers = Readers.SHARE,
+    ) -> None:
         conf = Conf.load(container / CONF)
         self._lock = threading.RLock()
         self._read_only = read_only
@@ -92,7 +100,7 @@ class Tree:
         except BaseException:
             self._area.close()
             raise
-        self._owner = Owner(self._nodes, self._area, sync)
+        self._owner = Owner(self._nodes, self._area, sync, readers)
 
     def close(self) -> None:
         """Close all files and descriptors; unlinked ones are gone."""
@@ -649,6 +657,8 @@ class Tree:
                 raise IsADirectoryError(errno.EISDIR, "is a directory")
             if node.kind is not Kind.OWN:
                 assert node.template is not None
+                if writing:
+                    raise OSError(errno.ESTALE, "the copy has a node of its own")
                 self._nodes.register(node)
                 return self._add_handle(node, node.template.open_file(node.entry), flags)
             fd = self._open_own(node, flags)
@@ -708,6 +718,8 @@ class Tree:
         with self._lock:
             node = self._nodes.get(number)
             kind, dead = node.kind, node.dead
+            if changes.size is not None and kind is not Kind.OWN:
+                raise OSError(errno.ESTALE, "the copy has a node of its own")
         if kind is Kind.FOLDED:
             self._own_directory(number)
         elif kind in (Kind.TEMPLATE, Kind.RECORD):
