@@ -599,7 +599,7 @@ def temporary_room() -> Iterator[Room]:
 
 
 ROOMY = settings(
-    deadline=None, max_examples=800, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 

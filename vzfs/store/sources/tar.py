@@ -249,10 +249,8 @@ class TarReader:
                 return self._member(header, extensions)
 
     def _header(self, block: bytes) -> _Header:
-        total = sum(block) - sum(block[148:156]) + 8 * 32
         try:
-            if _number(block[148:156]) not in (total, total - 256 * _high_bytes(block)):
-                raise ValueError("checksum")
+            _verify(block)
             return _fields(block)
         except ValueError:
             if not self._name:
@@ -427,9 +425,15 @@ class TarReader:
         return tuple(segment for segment in segments if segment[1])
 
 
-def _high_bytes(block: bytes) -> int:
-    """How many bytes have the highest bit: old Suns summed them as negative."""
-    return sum(1 for byte in block[:148] + block[156:] if byte & 0x80)
+def _verify(block: bytes) -> None:
+    """Compare a header's checksum: the sum of its bytes with the checksum itself taken for spaces."""
+    stored = _number(block[148:156])
+    total = sum(block) - sum(block[148:156]) + 8 * 32
+    if stored != total:
+        # Old Suns took bytes with the highest bit for negative numbers.
+        high = sum(1 for byte in block[:148] + block[156:] if byte & 0x80)
+        if stored != total - 256 * high:
+            raise ValueError("checksum")
 
 
 def _number(field: bytes) -> int:
