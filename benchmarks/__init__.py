@@ -10,7 +10,8 @@ Rules:
 - Whatever is compared is measured in turns within each round, so that a disturbance hits all alike.
 - Caches are what a program would find them to be. Where names are to be unknown to the kernel, they are dropped by
   remounting (which drops a mount's unused names and nothing else), and a control figure shows that they were.
-- Everything happens in one scratch folder; it is unmounted and removed at the end, also after a failure or a signal.
+- Everything happens in one scratch folder and in a mount namespace of its own; it is unmounted and removed at the end,
+  also after a failure or a signal.
 
 A measurement is a module with a ``measure(bench)`` that gives a ``Report``; it gets its store, its templates and its
 number of rounds from the ``Bench``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,6 @@ import pytest
 from benchmarks.__main__ import MEASUREMENTS, parse
 from benchmarks.report import Figure, Report
 from benchmarks.workspace import plain_tree
-from vzfs.fuse.mount import mount_table
 
 TOP = Path(__file__).parents[1]
 
@@ -32,9 +32,20 @@ def run(scratch: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def mounts_below(folder: Path) -> list[str]:
-    """Mount points below ``folder``."""
-    return [entry.mountpoint for entry in mount_table() if entry.mountpoint.startswith(f"{folder}/")]
+def mounts_below(folder: Path, pid: int) -> bool:
+    """Whether process ``pid`` sees mounts below ``folder``."""
+    return f" {folder}/" in Path(f"/proc/{pid}/mountinfo").read_text()
+
+
+def servers_below(folder: Path) -> list[int]:
+    """Processes that serve mounts below ``folder``."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+            if "vzfs.fuse.serve" in command and f"{folder}/" in command:
+                found.append(int(pid))
+    return found
 
 
 @pytest.mark.slow
@@ -52,6 +63,7 @@ def test_a_quick_run_gives_figures_and_leaves_nothing(name: str, tmp_path: Path)
         assert len(figure["values"]) >= 5
         assert 0 < figure["min"] <= figure["median"] <= figure["max"]
     assert result["machine"]["kernel"] == os.uname().release
+    assert servers_below(tmp_path) == []
     assert os.listdir(tmp_path) == []
 
 
@@ -60,13 +72,13 @@ def test_a_quick_run_gives_figures_and_leaves_nothing(name: str, tmp_path: Path)
 def test_an_interrupted_run_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     process = run(tmp_path, "--quick", "memory")
     end = time.monotonic() + 60
-    while not mounts_below(tmp_path):
+    while not mounts_below(tmp_path, process.pid):
         assert time.monotonic() < end, "nothing was mounted"
         time.sleep(0.02)
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert mounts_below(tmp_path) == []
+    assert servers_below(tmp_path) == []
     assert os.listdir(tmp_path) == []
 
 
