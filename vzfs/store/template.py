@@ -34,7 +34,15 @@ from vzfs.store.index import (
     link_groups,
     write_index,
 )
-from vzfs.store.layout import LINK_BUCKET, OWN_FOLDER_MODE, RESERVED_PREFIX, Layout, TemplatePaths, farm_entry
+from vzfs.store.layout import (
+    LINK_BUCKET,
+    ORIGIN_XATTR,
+    OWN_FOLDER_MODE,
+    RESERVED_PREFIX,
+    Layout,
+    TemplatePaths,
+    farm_entry,
+)
 from vzfs.store.magic import TARGET_MAX, MagicLink
 from vzfs.store.opened import open_index, template_names
 from vzfs.store.problem import Problem
@@ -42,6 +50,8 @@ from vzfs.store.progress import Progress, no_progress
 from vzfs.store.sources import SourceOptions, populate
 
 _INO_ALIGN = 1 << 16
+_HOLES_MAX = 1 << 40
+"""Bytes of holes in a file: they cost no disk, but digesting them takes ten minutes, and an archive can claim any size."""
 _WORK = re.compile(r"\.(new|old)-(.+)-[0-9a-f]{8}")
 _ESCAPES = re.compile(rb"[^\x21-\x5b\x5d-\x7e]")
 
@@ -80,6 +90,7 @@ def create_template(
     layout.make()
     _clean_up(layout)
     _refuse_existing(paths, name)
+    _refuse_private_area(source)
     try:
         with _work_folder(layout, "new", name) as work:
             tree, meta = work / "tree", work / "meta"
@@ -122,6 +133,15 @@ def _refuse_existing(paths: TemplatePaths, name: str) -> None:
         raise ExistsError(
             f"{paths.tree} is in the way and no template of vzfs", remedy="move it away or choose another name"
         )
+
+
+def _refuse_private_area(source: str) -> None:
+    """A private area as such is full of magic links; what it stands for is seen where it is mounted."""
+    with contextlib.suppress(OSError):
+        if ORIGIN_XATTR in os.listxattr(source):
+            raise SourceError(
+                f"{source} is a container's private area", remedy="mount the container, give its mount point"
+            )
 
 
 def _flush(tree: Path) -> None:
@@ -230,6 +250,10 @@ def _scan_directory(root: int, number: int, entries: list[EntryData], paths: lis
             if stat.S_ISLNK(info.st_mode):
                 blob = os.readlink(child, dir_fd=fd)
             elif stat.S_ISREG(info.st_mode):
+                if info.st_size - info.st_blocks * 512 > _HOLES_MAX:
+                    raise SourceError(
+                        f"{printable(child_path[:200])} has more than a terabyte of holes", remedy="leave it out"
+                    )
                 blob = _digest(fd, child)
             entries.append(EntryData(number, child, info, blob, _read_xattrs(sys.entry_path(fd, child))))
             paths.append(child_path)
