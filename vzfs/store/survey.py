@@ -1,0 +1,447 @@
+"""A container's private area read as what it means: which template entry each name is, and which entries moved or went.
+
+Rules:
+- Only reads, relative to directory descriptors, following no symbolic link, one descriptor at a time however deep the
+  tree.
+- Cost and memory follow what was unfolded, not the template: a folded directory is one link.
+- What vanishes meanwhile (the container may be mounted) is skipped.
+
+A template entry has at most one place in a container (names of a hard link group aside). Its *default place* is below
+the real directory that came from its parent entry, under its own name. Entries are told by number,
+``template.base + entry``, which no two templates share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vzfs.errors import DamagedError, VzfsError
+from vzfs.store import magic, sys
+from vzfs.store.layout import COW, LINKS, ORIGIN_XATTR, PRIVATE_AREA, Layout
+from vzfs.store.opened import OpenTemplate
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP)
+"""Errors of a directory that another process removed or replaced while it was being read."""
+
+
+class Templates:
+    """The templates that a container's links name, each opened once; ``failures`` says why one could not be."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._open: dict[str, OpenTemplate | None] = {}
+        self.failures: dict[str, VzfsError] = {}
+
+    def get(self, name: str) -> OpenTemplate | None:
+        """The template ``name``, ``None`` when it is missing or damaged."""
+        if name not in self._open:
+            self._open[name] = None
+            try:
+                self._open[name] = OpenTemplate(self._layout, name)
+            except VzfsError as error:
+                self.failures[name] = error
+        return self._open[name]
+
+    def of(self, number: int) -> tuple[OpenTemplate, int]:
+        """The opened template that has the entry ``number``, and the entry."""
+        for template in self._open.values():
+            if template is not None and template.base <= number < template.end:
+                return template, number - template.base
+        raise KeyError(number)
+
+    def close(self) -> None:
+        """Close them all."""
+        for template in self._open.values():
+            if template is not None:
+                template.close()
+        self._open.clear()
+
+
+class Form(enum.Enum):
+    """What a name of the private area is."""
+
+    LINK = "magic link"
+    FOREIGN = "magic link into a template that can't be opened"
+    DANGLING = "magic link to nothing"
+    MALFORMED = "malformed magic link"
+    DIRECTORY = "directory"
+    OWN = "anything else"
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One name of the private area. ``template`` and ``entry`` tell what it stands for or was copied from, if anything.
+
+    ``text`` is a magic link's; ``origin`` is the stored origin of what is no magic link, also one that means nothing.
+    """
+
+    form: Form
+    info: os.stat_result
+    template: OpenTemplate | None = None
+    entry: int = 0
+    text: bytes = b""
+    origin: bytes | None = None
+
+    @property
+    def number(self) -> int:
+        """The number of the entry, or -1."""
+        return -1 if self.template is None else self.template.base + self.entry
+
+    @property
+    def bad_origin(self) -> bool:
+        """Whether the stored origin means nothing."""
+        return self.origin is not None and self.template is None
+
+    def is_folded(self) -> bool:
+        """Whether this is a magic link to a directory."""
+        return self.form is Form.LINK and self.template is not None and self.template.index.is_directory(self.entry)
+
+    def in_group(self, groups: set[bytes]) -> bool:
+        """Whether it is a name of a hard link group: of the template, or with a record in ``groups``."""
+        template = self.template
+        if template is None or self.form is not Form.LINK or template.index.is_directory(self.entry):
+            return False
+        return template.index.next_link[self.entry] != self.entry or template.group_key(self.entry) in groups
+
+
+def identify(templates: Templates, dir_fd: int, name: bytes) -> Thing:
+    """What ``name`` in ``dir_fd`` is. Raises ``FileNotFoundError`` and other ``OSError``."""
+    info = os.lstat(name, dir_fd=dir_fd)
+    if stat.S_ISLNK(info.st_mode):
+        text = os.readlink(name, dir_fd=dir_fd)
+        if magic.is_magic(text):
+            return _identify_link(templates, info, text)
+    form = Form.DIRECTORY if stat.S_ISDIR(info.st_mode) else Form.OWN
+    origin = read_xattr(sys.entry_path(dir_fd, name), ORIGIN_XATTR)
+    if origin is None:
+        return Thing(form, info)
+    template, entry = _parse_origin(templates, origin)
+    if template is None or template.index.is_directory(entry) != (form is Form.DIRECTORY):
+        return Thing(form, info, origin=origin)
+    return Thing(form, info, template, entry, origin=origin)
+
+
+def _identify_link(templates: Templates, info: os.stat_result, text: bytes) -> Thing:
+    link = magic.parse(text)
+    if link is None or not link.path:
+        return Thing(Form.MALFORMED, info, text=text)
+    template = templates.get(link.template)
+    if template is None:
+        return Thing(Form.FOREIGN, info, text=text)
+    entry = template.index.find_path(link.path)
+    if entry is None:
+        return Thing(Form.DANGLING, info, text=text)
+    return Thing(Form.LINK, info, template, entry, text)
+
+
+def _parse_origin(templates: Templates, data: bytes) -> tuple[OpenTemplate | None, int]:
+    name, _, entry_text = data.decode("ascii", "replace").partition("/")
+    if not magic.valid_template_name(name) or not entry_text.isdecimal() or len(entry_text) > 10:
+        return None, 0
+    template = templates.get(name)
+    entry = int(entry_text)
+    if template is None or not 0 < entry < template.index.count:
+        return None, 0
+    return template, entry
+
+
+def read_xattr(path: bytes, name: str) -> bytes | None:
+    """Value of an extended attribute of what is at ``path``, not followed; ``None`` when there is none."""
+    try:
+        return os.getxattr(path, name, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------- directories
+
+
+class Folder:
+    """A real directory of the private area: its name and the one it lies in, up to the root.
+
+    ``template`` and ``entry`` say which template directory it is, if any.
+    """
+
+    __slots__ = ("entry", "ino", "name", "parent", "template")
+
+    def __init__(
+        self, parent: Folder | None, name: bytes, ino: int, template: OpenTemplate | None = None, entry: int = 0
+    ) -> None:
+        self.parent = parent
+        self.name = name
+        self.ino = ino
+        self.template = template
+        self.entry = entry
+
+    def parts(self) -> list[bytes]:
+        """The names from below the root to this one."""
+        names = []
+        folder: Folder | None = self
+        while folder is not None and folder.parent is not None:
+            names.append(folder.name)
+            folder = folder.parent
+        names.reverse()
+        return names
+
+    def path(self, name: bytes) -> bytes:
+        """The path of ``name`` in this directory, with a leading slash."""
+        return b"/" + b"/".join([*self.parts(), name])
+
+    def open(self, root_fd: int) -> int:
+        """A descriptor of it, in steps that fit a path. Raises ``OSError``."""
+        names = self.parts()
+        fd = sys.openat2(root_fd, b".", _DIRECTORY)
+        while names:
+            step, length = 0, 0
+            while step < len(names) and length + len(names[step]) + 1 < sys.PATH_MAX:
+                length += len(names[step]) + 1
+                step += 1
+            try:
+                opened = sys.openat2(fd, b"/".join(names[:step]), _DIRECTORY)
+            finally:
+                os.close(fd)
+            fd = opened
+            names = names[step:]
+        return fd
+
+    def is_default_place(self, thing: Thing, name: bytes) -> bool:
+        """Whether ``name`` in this directory is where the template has what ``thing`` is."""
+        if thing.template is None or thing.template is not self.template:
+            return False
+        index = thing.template.index
+        return bool(thing.entry) and index.parent[thing.entry] == self.entry and index.name(thing.entry) == name
+
+
+class Cursor:
+    """Goes down into directories and up again with one open descriptor."""
+
+    def __init__(self, root_fd: int, root: Folder) -> None:
+        self._root_fd = root_fd
+        self._fd = sys.openat2(root_fd, b".", _DIRECTORY)
+        self.folder = root
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the current directory. Raises ``FileNotFoundError`` when that has vanished."""
+        if self._fd < 0:
+            raise FileNotFoundError(errno.ENOENT, "the directory was removed")
+        return self._fd
+
+    def names(self) -> list[bytes]:
+        """What the current directory holds, sorted; nothing when it vanished."""
+        if self._fd < 0:
+            return []
+        return sorted(map(os.fsencode, os.listdir(self._fd)))
+
+    def enter(self, folder: Folder) -> bool:
+        """Go down into ``folder``, whose parent is the current one; ``False`` when it isn't there any more."""
+        try:
+            fd = os.open(folder.name, _DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        except OSError as error:
+            if error.errno in _GONE:
+                return False
+            raise
+        self._move(fd, folder)
+        return True
+
+    def leave(self) -> None:
+        """Go up again, by ``..`` if that is still where the current directory lies."""
+        parent = self.folder.parent
+        assert parent is not None
+        try:
+            fd = os.open(b"..", _DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+            if os.fstat(fd).st_ino != parent.ino:
+                os.close(fd)
+                fd = parent.open(self._root_fd)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            fd = -1
+        self._move(fd, parent)
+
+    def _move(self, fd: int, folder: Folder) -> None:
+        self.close()
+        self._fd = fd
+        self.folder = folder
+
+
+# ------------------------------------------------------------------------------------------------------------- survey
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A name in a real directory."""
+
+    folder: Folder
+    name: bytes
+
+    def path(self) -> bytes:
+        """Its path below the private area, with a leading slash."""
+        return self.folder.path(self.name)
+
+    def is_at(self, folder: Folder, name: bytes) -> bool:
+        """Whether it is ``name`` in ``folder``."""
+        return self.name == name and self.folder.ino == folder.ino
+
+
+Visit = Callable[[Folder, int, bytes, Thing], None]
+"""Called for each name as ``visit(folder, dir_fd, name, thing)``."""
+
+
+class Survey:
+    """What ``read`` found out about a private area; ``os_template`` is that of its root, ``None`` if unknown.
+
+    ``moved``: the first place, away from its default one, of each entry that has such; ``extra``: its further ones.
+    ``missing``: entries that are not at their default place although the directory of that is there, a real one.
+    ``real``: the real directory that each unfolded template directory became.
+    ``group_names``: how many magic links in real directories mean each link group that has a record.
+    """
+
+    def __init__(self, container: Path, templates: Templates, os_template: OpenTemplate | None) -> None:
+        self.templates = templates
+        self.os_template = os_template
+        self.groups = _record_names(container)
+        self.moved: dict[int, Spot] = {}
+        self.extra: dict[int, list[Spot]] = {}
+        self.missing: set[int] = set()
+        self.real: dict[int, Folder] = {}
+        self.group_names: Counter[bytes] = Counter()
+
+    def read(self, root_fd: int, visit: Visit | None = None) -> None:
+        """Walk the private area ``root_fd``."""
+        root = root_folder(root_fd, self.os_template)
+        if self.os_template is not None:
+            self.real[self.os_template.base] = root
+        cursor = Cursor(root_fd, root)
+        try:
+            pending = [self._read_folder(cursor, visit)]
+            while pending:
+                if pending[-1]:
+                    if cursor.enter(pending[-1].pop()):
+                        pending.append(self._read_folder(cursor, visit))
+                else:
+                    pending.pop()
+                    if pending:
+                        cursor.leave()
+        finally:
+            cursor.close()
+
+    def _read_folder(self, cursor: Cursor, visit: Visit | None) -> list[Folder]:
+        """Take the current directory in; gives its subdirectories, last one first."""
+        folder = cursor.folder
+        here: set[int] = set()
+        below = []
+        for name in cursor.names():
+            with _vanishing():
+                thing = identify(self.templates, cursor.fd, name)
+                child = self._place(folder, name, thing, here)
+                if child is not None:
+                    below.append(child)
+                if visit is not None:
+                    visit(folder, cursor.fd, name, thing)
+        if folder.template is not None:
+            base = folder.template.base
+            children = folder.template.index.children(folder.entry)
+            self.missing.update(base + entry for entry in children if base + entry not in here)
+        below.reverse()
+        return below
+
+    def _place(self, folder: Folder, name: bytes, thing: Thing, here: set[int]) -> Folder | None:
+        """Note where a thing lies; gives the directory that it is, if it is one."""
+        child = Folder(folder, name, thing.info.st_ino) if thing.form is Form.DIRECTORY else None
+        number = thing.number
+        if number < 0:
+            return child
+        assert thing.template is not None
+        if thing.form is Form.LINK and not thing.is_folded():
+            key = thing.template.group_key(thing.entry)
+            if key in self.groups:
+                self.group_names[key] += 1
+        spot = Spot(folder, name)
+        if child is not None:
+            if number in self.real:  # a second one: the first one is the template's directory
+                self.extra.setdefault(number, []).append(spot)
+                return child
+            child.template, child.entry = thing.template, thing.entry
+            self.real[number] = child
+        if folder.is_default_place(thing, name):
+            here.add(number)
+        elif number in self.moved:
+            self.extra.setdefault(number, []).append(spot)
+        else:
+            self.moved[number] = spot
+        return child
+
+    def holds(self, template: OpenTemplate, entry: int) -> bool:
+        """Whether the entry is at its default place, in a real directory or in a folded one, wherever that lies."""
+        number = template.base + entry
+        if number in self.missing or not entry:
+            return not entry and template is self.os_template
+        parent: int = template.index.parent[entry]
+        return template.base + parent in self.real or self.is_there(template, parent)
+
+    def is_there(self, template: OpenTemplate, entry: int) -> bool:
+        """Whether the entry is anywhere in the container."""
+        while template.base + entry not in self.moved:
+            if template.base + entry in self.missing or not entry:
+                return not entry and template is self.os_template
+            parent: int = template.index.parent[entry]
+            if template.base + parent in self.real:
+                return True
+            entry = parent
+        return True
+
+    def in_folded(self, template: OpenTemplate, entry: int) -> bool:
+        """Whether the entry is there as a part of a folded directory."""
+        parent: int = template.index.parent[entry]
+        return template.base + parent not in self.real and self.is_there(template, parent)
+
+
+def root_folder(root_fd: int, os_template: OpenTemplate | None) -> Folder:
+    """The root of the private area ``root_fd``."""
+    return Folder(None, b"", os.stat(root_fd).st_ino, os_template)
+
+
+def open_private_area(container: Path) -> int:
+    """A descriptor of the container's private area. Raises ``DamagedError`` when it has none."""
+    try:
+        return os.open(container / PRIVATE_AREA, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(
+            f"container {container} has no folder {PRIVATE_AREA}",
+            remedy="bring it back from a backup, or destroy the container and make it anew",
+        ) from error
+
+
+def _record_names(container: Path) -> set[bytes]:
+    try:
+        return set(os.listdir(os.fsencode(container / COW) + b"/" + LINKS))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+@contextlib.contextmanager
+def _vanishing() -> Iterator[None]:
+    """Skip what is gone by now."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_GONE, errno.EINVAL):  # EINVAL: what was a symbolic link is none any more
+            raise
