@@ -75,9 +75,11 @@ class Store:
     def create_template(
         self, name: str, source: str, options: SourceOptions | None = None, progress: Progress = no_progress
     ) -> Template:
-        """Make a template from a directory, a tar archive, ``-`` or ``debootstrap:SUITE``; it takes as long as copying it.
+        """Make a template from a directory, a tar archive, ``-`` or ``debootstrap:SUITE``; as fast as
+        it can be copied.
 
-        Raises ``UsageError``, ``ExistsError``, ``SourceError``, ``FullError``, ``UnsupportedError``; nothing is left then.
+        Raises ``UsageError``, ``ExistsError``, ``SourceError``, ``FullError``, ``UnsupportedError``; nothing is
+        left then.
         """
         from vzfs.store.template import create_template
 
@@ -184,7 +186,7 @@ class Container:
 
     @property
     def mountpoint(self) -> Path:
-        """Where it is mounted if nothing else is said: ``VE_ROOT``, with ``$VEID`` replaced, else the store's ``root`` folder."""
+        """Where it is mounted if nothing else is said: ``VE_ROOT`` (``$VEID`` replaced), else the store's ``root``."""
         configured = self.conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
         return Path(configured) if configured else self.store.layout.mounts / self.alias
 
@@ -200,9 +202,9 @@ class Container:
     ) -> Path:
         """Mount it, served by a process of its own, and return where when the root is usable.
 
-        ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``; ``log`` is a file (``vzfs.log`` in the
-        container), ``journal`` or ``-``; ``timeout`` is in seconds. Raises ``BusyError`` when it is mounted already,
-        ``UsageError``, ``UnsupportedError``, ``DamagedError``, ``NotFoundError`` (its template).
+        ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``; ``log`` is a file (``vzfs.log``
+        in the container), ``journal`` or ``-``; ``timeout`` is in seconds. Raises ``BusyError`` when it is mounted
+        already, ``UsageError``, ``UnsupportedError``, ``DamagedError``, ``NotFoundError`` (its template).
         """
         _need_root()
         order = self._order(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)
@@ -218,11 +220,12 @@ class Container:
         sync: str = "data",
         log: str | None = "-",
     ) -> None:
-        """Mount it and serve it in this process, from its main thread, until it is unmounted or SIGTERM or SIGINT comes."""
+        """Mount it and serve it in this process's main thread until it is unmounted, or SIGTERM or SIGINT comes."""
         from vzfs.fuse.serve import Order, serve
 
         _need_root()
-        serve(Order(**self._order(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)))  # type: ignore[arg-type]
+        order = self._order(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)
+        serve(Order(**order))  # type: ignore[arg-type]
 
     def _order(
         self, mountpoint: StrPath | None, *, read_only: bool, engine: str, sync: str, log: str | None
@@ -281,7 +284,7 @@ class Container:
         return diff_container(self.store.layout, self.path, content=content)
 
     def check(self, *, repair: bool = False) -> list[Problem]:
-        """Find what an interrupted or foreign change left wrong, and repair it if asked. Raises ``BusyError`` while mounted."""
+        """Find what an interrupted or foreign change left wrong, repair it if asked; ``BusyError`` while mounted."""
         from vzfs.store.check import check_container
 
         return check_container(self.store.layout, self.path, repair=repair)

@@ -1,7 +1,7 @@
 """Starting and ending serving processes, from outside of them.
 
-Rule: imports neither trio nor pyfuse3, so that the command line stays fast; the serving process is a new interpreter, so a
-lifecycle manager may have threads, its own trio, or whatever it likes.
+Rule: imports neither trio nor pyfuse3, so that the command line stays fast; the serving process is a new interpreter,
+so a lifecycle manager may have threads, its own trio, or whatever it likes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from vzfs import errors
 from vzfs.errors import BusyError, NotMountedError, UnsupportedError, UsageError, VzfsError
 from vzfs.store import sys
 from vzfs.store.lock import read_holder
-
 
 FSTYPE = "fuse.vzfs"
 
@@ -61,8 +60,8 @@ def is_fuse_mount(mountpoint: Path) -> bool:
 def attach(mountpoint: Path, name: str, *, read_only: bool) -> int:
     """Mount a new FUSE file system called ``name`` at ``mountpoint``; gives the descriptor on which it is to be served.
 
-    Done here rather than by libfuse because of ``MS_POSIXACL``: with it the kernel leaves a program's umask to the server,
-    which must ignore it in directories with a default ACL (fuse_fill_super_common in fs/fuse/inode.c).
+    Done here rather than by libfuse because of ``MS_POSIXACL``: with it the kernel leaves a program's umask to the
+    server, which must ignore it in directories with a default ACL (fuse_fill_super_common in fs/fuse/inode.c).
     Raises ``UnsupportedError`` naming the remedy.
     """
     try:

@@ -2,14 +2,14 @@
 
 Rules:
 - Names and attributes are cached by the kernel without limit: this mount is the only writer of its private area.
-- What is quick is done at once; what the tree calls slow, flushes to the disk and reads that would wait for it are done in
-  a thread, so other requests go on.
+- What is quick is done at once; what the tree calls slow, flushes to the disk and reads that would wait for it are done
+  in a thread, so other requests go on.
 - No exception leaves a handler but ``FUSEError``: an ``OSError`` becomes its errno, anything else EIO and a log entry
   that names the request.
 
 Node numbers are inode numbers here, because pyfuse3 has one field for both. FLUSH is refused once (ENOSYS), after which
-the kernel sends none. What this engine can't do, because libfuse 3.14 or pyfuse3 don't pass it on: fallocate, SEEK_HOLE,
-O_TMPFILE, copy_file_range (the kernel copies through the page cache instead), ioctl, ``..`` of handles.
+the kernel sends none. What this engine can't do, because libfuse 3.14 or pyfuse3 don't pass it on: fallocate,
+SEEK_HOLE, O_TMPFILE, copy_file_range (the kernel copies through the page cache instead), ioctl, ``..`` of handles.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _WORK_PREFIXES = (".new-", ".old-")
 
 
 def container_path(layout: Layout, ct: CtId) -> Path:
-    """Where the container ``ct`` lies or would lie; a ``NAME`` is looked up. Raises ``NotFoundError``, ``UsageError``."""
+    """Where the container ``ct`` lies or would lie (a ``NAME`` must). Raises ``NotFoundError``, ``UsageError``."""
     text = os.fspath(ct) if not isinstance(ct, int) else str(ct)
     if "/" in text:
         return Path(os.path.abspath(text))

@@ -1,7 +1,7 @@
 """Fault points: places where a test can make the process die, to try every crash point of a change.
 
-Rule: costs one comparison when not armed, and it is armed only by ``VZFS_CRASH_AT`` in the serving process's environment:
-``NAME`` dies at the first step of that name, ``NAME:K`` at its K-th, ``*:K`` at the K-th step of any name.
+Rule: costs one comparison when not armed, and it is armed only by ``VZFS_CRASH_AT`` in the serving process's
+environment: ``NAME`` dies at the first step of that name, ``NAME:K`` at its K-th, ``*:K`` at the K-th step of any name.
 """
 
 from __future__ import annotations

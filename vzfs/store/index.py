@@ -26,11 +26,12 @@ order of their names' bytes. Columns:
 
 A listing is the ready-made body of a READDIRPLUS answer: for ``.``, ``..`` and each child a ``fuse_direntplus`` (FUSE
 protocol 7.9 and later) whose node number is the entry's inode number (0, meaning no look-up, for the two dots), with
-lifetimes of ``LIFETIME_S`` seconds and ``off`` counting records from 1. A record's attributes are the entry's attributes.
+lifetimes of ``LIFETIME_S`` seconds and ``off`` counting records from 1. A record's attributes are the entry's
+attributes.
 
-The hash table finds the child ``name`` of ``parent``: from slot ``crc32(name, parent) % slot_count`` on, slots hold entry
-numbers, 0 meaning empty. After ``PROBES`` slots the search goes on by bisection among the children, so neither names
-chosen to collide nor a full neighbourhood make it fail or slow.
+The hash table finds the child ``name`` of ``parent``: from slot ``crc32(name, parent) % slot_count`` on, slots hold
+entry numbers, 0 meaning empty. After ``PROBES`` slots the search goes on by bisection among the children, so neither
+names chosen to collide nor a full neighbourhood make it fail or slow.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ INO_START = 1 << 31
 """Inode numbers of template entries begin here: above any a small file system has, and within 32 bits so that programs
 without large-file support can still stat them."""
 LIFETIME_S = (1 << 31) - 1
-"""Lifetime of names and attributes in the kernel's cache, seconds: the mount is the only writer, so nothing goes stale."""
+"""Seconds that the kernel may cache names and attributes: the mount is the only writer, so nothing goes stale."""
 PROBES = 64
 
 _HEADER = struct.Struct("<8sIIIIQQQQQQQQQ32sI")

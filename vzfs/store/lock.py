@@ -1,6 +1,7 @@
 """A container's ``lock``: held while it is mounted or changed from outside, by whichever path it was reached.
 
-Rule: the kernel's flock on the file is what counts, so a dead holder never blocks; the file's text only says who holds it.
+Rule: the kernel's flock on the file is what counts, so a dead holder never blocks; the file's text only says who holds
+it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Changed attributes of a template file, kept in extended attributes of a magic link of the container's own.
 
-Format of ``trusted.vzfs.attr``: words ``key=value`` separated by one space; keys ``mode`` (permission bits, octal), ``uid``,
-``gid``, ``atime``, ``mtime`` (seconds with nine decimals) and ``xattrs=own``. What is absent is the template's. The change
-time is the link's own. With ``xattrs=own`` the ``trusted.vzfs.x.<name>`` are all the extended attributes the file has.
+Format of ``trusted.vzfs.attr``: words ``key=value`` separated by one space; keys ``mode`` (permission bits, octal),
+``uid``, ``gid``, ``atime``, ``mtime`` (seconds with nine decimals) and ``xattrs=own``. What is absent is the
+template's. The change time is the link's own. With ``xattrs=own`` the ``trusted.vzfs.x.<name>`` are all the extended
+attributes the file has.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def _check(result: int, name: bytes = b"") -> int:
 
 
 def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: int = RESOLVE_STRICT) -> int:
-    """Open ``path`` below ``dir_fd`` under the ``RESOLVE_*`` rules (openat2(2), Linux 5.6); close-on-exec is always set.
+    """Open ``path`` below ``dir_fd`` under the ``RESOLVE_*`` rules (openat2(2), Linux 5.6); close-on-exec is set.
 
     Raises ``OSError``: ``ELOOP`` for a symbolic link on the way, ``EXDEV`` for an attempt to leave ``dir_fd``.
     """
@@ -124,7 +124,8 @@ def data_segments(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def copy_data(src_fd: int, dst_fd: int, size: int) -> None:
-    """Make the empty file ``dst_fd`` equal to the first ``size`` bytes of ``src_fd``: reflink, else a copy with its holes kept.
+    """Make the empty file ``dst_fd`` equal to the first ``size`` bytes of ``src_fd``: reflink, else a copy with its
+    holes kept.
 
     Raises ``OSError``; ``EIO`` when the source turns out shorter than ``size``.
     """
@@ -154,7 +155,8 @@ def _copy_range(src_fd: int, dst_fd: int, offset: int, length: int) -> None:
 
 
 def entry_path(dir_fd: int, name: bytes) -> bytes:
-    """A path to ``name`` in ``dir_fd`` for calls that take no descriptor of a directory (the ``*xattr`` family before Linux 6.13).
+    """A path to ``name`` in ``dir_fd`` for calls that take no descriptor of a directory (the ``*xattr`` family before
+    Linux 6.13).
 
     The last component is not followed by the ``l*`` calls; ``name`` must be one component.
     """
@@ -193,7 +195,7 @@ def remove_tree(dir_fd: int, name: bytes) -> None:
 
 
 def _empty_directory(fd: int) -> bytes | None:
-    """Unlink everything in ``fd`` but directories; give the first directory that is in the way, or ``None`` when empty."""
+    """Unlink everything in ``fd`` but directories that hold something; give one of those, or ``None``."""
     with os.scandir(fd) as entries:
         names = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
     directories = [name for name, is_directory in names if is_directory]

@@ -1,9 +1,11 @@
 """Templates: made from a source, sealed with an index and a link farm, verified, removed.
 
-Rule: a template exists when its folder and its index exist, both arriving by rename; a sealed template is never written.
+Rule: a template exists when its folder and its index exist, both arriving by rename; a sealed template is never
+written.
 
-Making happens in ``template/.vzfs/.new-<name>-<random>/`` (``tree`` and ``meta``), removing in ``.old-<name>-<random>/``;
-whoever works there holds a flock on that folder, so what a dead process left is told from what a live one is doing.
+Making happens in ``template/.vzfs/.new-<name>-<random>/`` (``tree`` and ``meta``), removing in
+``.old-<name>-<random>/``; whoever works there holds a flock on that folder, so what a dead process left is told from
+what a live one is doing.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from vzfs.store.sources import SourceOptions, populate
 
 _INO_ALIGN = 1 << 16
 _HOLES_MAX = 1 << 40
-"""Bytes of holes in a file: they cost no disk, but digesting them takes ten minutes, and an archive can claim any size."""
+"""Bytes of holes in a file: an archive can claim any size, and digesting so much takes ten minutes."""
 _WORK = re.compile(r"\.(new|old)-(.+)-[0-9a-f]{8}")
 _ESCAPES = re.compile(rb"[^\x21-\x5b\x5d-\x7e]")
 

@@ -18,7 +18,7 @@ from vzfs.tree.node import Node
 
 _PATH = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 DIRECTORY_CACHE = 256
-"""Directory descriptors kept open at most: enough for the working set of a package installation, far below any limit."""
+"""Directory descriptors kept open at most: the working set of a package installation, far below any limit."""
 
 
 class Sync(enum.Enum):

@@ -1,7 +1,7 @@
 """The listing of one open directory.
 
-Rule: which names there are is decided when the listing starts (or is rewound), what each one is when it is asked for; so a
-listing in pieces never repeats or skips a name that stays, and never brings back one that went.
+Rule: which names there are is decided when the listing starts (or is rewound), what each one is when it is asked for;
+so a listing in pieces never repeats or skips a name that stays, and never brings back one that went.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ class Readers(enum.Enum):
     SHARE = "share"
     """They see the copy, as on any other file system: for an engine through which all reads go."""
     KEEP = "keep"
-    """They keep the template's data under the old node number while the copy gets a new one, and whoever wanted to write
-    gets ESTALE, upon which the kernel looks the name up again: for an engine with passthrough, where one node has one
-    backing file for as long as anybody has it open."""
+    """They keep the template's data under the old node number while the copy gets a new one, and whoever wanted to
+    write gets ESTALE, upon which the kernel looks the name up again: for an engine with passthrough, where one node has
+    one backing file for as long as anybody has it open."""
 
 
 class Kind(enum.Enum):
@@ -45,10 +45,10 @@ class Kind(enum.Enum):
 class Node:
     """One inode of the mounted container.
 
-    ``number`` is what the kernel calls it and ``ino`` what programs see. ``template`` and ``entry`` tell what it is or was
-    copied from. ``parent`` and ``name`` place it; ``parent is None`` means its default place, the one its template entry
-    has. Nodes of a ``group`` (several hard links to one template entry) live in the record ``cow/links/<key>`` once
-    changed, under no name of their own.
+    ``number`` is what the kernel calls it and ``ino`` what programs see. ``template`` and ``entry`` tell what it is or
+    was copied from. ``parent`` and ``name`` place it; ``parent is None`` means its default place, the one its template
+    entry has. Nodes of a ``group`` (several hard links to one template entry) live in the record ``cow/links/<key>``
+    once changed, under no name of their own.
     """
 
     __slots__ = (

@@ -3,8 +3,8 @@
 Rules:
 - A node of a template entry is registered only if it differs from what its number already says (see ``Node``): the
   entries of folded directories need no memory, whatever the kernel knows of them.
-- Numbers: 1 is the root; a template's entries have ``base + leader``; everything else has the inode number it has in the
-  private area's file system, shifted by ``PRIVATE_SHIFT`` if a template could have that number.
+- Numbers: 1 is the root; a template's entries have ``base + leader``; everything else has the inode number it has in
+  the private area's file system, shifted by ``PRIVATE_SHIFT`` if a template could have that number.
 - All methods are called under the tree's lock.
 """
 
@@ -29,7 +29,7 @@ from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node
 log = logging.getLogger(__name__)
 
 PRIVATE_SHIFT = 1 << 52
-"""Added to inode numbers of the private area that reach into the templates' range: rare, and still exact as a double."""
+"""Added to inode numbers of the private area that reach into the templates' range; still exact as a double."""
 NAME_MAX = 255
 """Bytes of a name, as on ext4; the kernel lets longer ones through to a FUSE server."""
 
@@ -385,7 +385,7 @@ class Nodes:
         return True
 
     def split(self, node: Node, backing: int) -> Node:
-        """Let who has the node open keep it without a name, and give its names to a new node for the object ``backing``."""
+        """Leave the node to who has it open, and its names to a new node for the object ``backing``."""
         copy = Node(private_number(backing), Kind.OWN, node.ino, node.template, node.entry, group=node.group)
         copy.parent, copy.name, node.parent = node.parent, node.name, None
         node.dead = True

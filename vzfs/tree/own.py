@@ -1,10 +1,10 @@
 """Making things the container's own: unfolding directories, copying files up, keeping changed attributes, link groups.
 
-Rule: every change is staged under ``cow/stage`` where nobody looks, and becomes visible by one rename. Whatever goes wrong
-before that rename leaves nothing changed. Steps are named by ``faults.step`` so that a test can die at each.
+Rule: every change is staged under ``cow/stage`` where nobody looks, and becomes visible by one rename. Whatever goes
+wrong before that rename leaves nothing changed. Steps are named by ``faults.step`` so that a test can die at each.
 
-``stage_*`` methods only touch the stage and immutable templates and so run without the tree's lock; ``commit_*`` and all
-others are called under it.
+``stage_*`` methods only touch the stage and immutable templates and so run without the tree's lock; ``commit_*`` and
+all others are called under it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Owner:
         self._repoint_handles(node, folder, name)
 
     def flush_place(self, node: Node) -> Callable[[], None] | None:
-        """With ``Sync.FULL``, what flushes the directory in which the node just changed its form; run it without the lock."""
+        """With ``Sync.FULL``, what flushes the directory in which the node just changed; to be run without the lock."""
         if self._sync is not Sync.FULL or node.dead:
             return None
         fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._nodes.location(node)[0])
@@ -165,7 +165,7 @@ class Owner:
     def change_record(
         self, node: Node, change: Callable[[Record], Record], xattrs: dict[str, bytes] | None = None
     ) -> None:
-        """Keep changed attributes of a template file, and its whole set of extended attributes if given, without its data."""
+        """Keep changed attributes, and the whole set of extended ones if given, of a template file without its data."""
         record = self._record(node)
         record = change(record)
         if node.kind is Kind.RECORD:
@@ -274,8 +274,8 @@ class Owner:
 
     # ------------------------------------------------------------------------------------------------------ orphans
 
-    # An object of the container's own that loses its last known name gets one in ``cow/orphans``: so it stays usable, and
-    # its inode number isn't given to another while the kernel still holds it.
+    # An object of the container's own that loses its last known name gets one in ``cow/orphans``: so it stays usable,
+    # and its inode number isn't given to another while the kernel still holds it.
 
     def move_to_orphans(self, node: Node, folder: int, name: bytes) -> None:
         """Take the last ``name`` of an own object away."""

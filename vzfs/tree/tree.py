@@ -4,7 +4,8 @@ Synchronous, knows nothing of FUSE, works without a mount. Rules:
 - Every method may be called from any thread. The lock is held for what is quick; copying data and building directories
   happen without it (``Owner.stage_*``), so that look-ups go on.
 - Errors are ``OSError`` with the errno that the program shall see.
-- Permission has been checked by the caller (the kernel, with ``default_permissions``); ownership of what is made is set here.
+- Permission has been checked by the caller (the kernel, with ``default_permissions``); ownership of what is made is set
+  here.
 - Names are single components of 1 to 255 bytes without ``/`` and NUL, which the kernel guarantees but for the length.
 """
 
@@ -45,7 +46,7 @@ SLOW_FREE = 64 << 20
 SLOW_LISTING = 2048
 """Names in a directory whose reading is long work; 64 bytes each in a directory's size."""
 _BACKING_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
-"""Flags of a program's open(2) that the backing file is opened with. The kernel itself deals with O_APPEND and O_DIRECT."""
+"""Flags of a program's open(2) that are passed on; the kernel itself deals with O_APPEND and O_DIRECT."""
 
 
 class Caller(NamedTuple):
@@ -61,7 +62,7 @@ ROOT = Caller(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Attributes to set; ``None`` leaves one alone. ``mode`` is permission bits, times are nanoseconds, ``size`` bytes."""
+    """Attributes to set, ``None`` leaving one alone: permission bits, ids, bytes, nanoseconds."""
 
     mode: int | None = None
     uid: int | None = None
@@ -115,7 +116,7 @@ class Tree:
     # ------------------------------------------------------------------------------------------------ finding, telling
 
     def lookup(self, parent: int, name: bytes) -> Entry | None:
-        """What ``name`` in directory ``parent`` is, counted as known to the kernel; ``None`` if there is no such name."""
+        """What ``name`` in directory ``parent`` is, counted as known to the kernel; ``None`` if there is none."""
         with self._lock:
             node = self._nodes.child(self._nodes.get(parent), name)
             if node is None:
@@ -260,7 +261,7 @@ class Tree:
         self._own(number, lambda node: node.kind is Kind.FOLDED, stage, self._owner.commit_directory)
 
     def _own_file(self, number: int, size: int | None = None) -> None:
-        """Copy up the node ``number``, which is no directory, with the first ``size`` bytes of its content (``None``: all)."""
+        """Copy up ``number``, which is no directory, with the first ``size`` bytes of its content (``None``: all)."""
 
         def stage(node: Node, staged: bytes) -> None:
             assert node.template is not None
@@ -562,7 +563,8 @@ class Tree:
             target = self._nodes.child(target_dir, new_name)
             self._check_rename(source, target, source_dir, target_dir, flags)
         if target is not None and not flags:
-            # A folded directory lies in the private area as a link, which can't replace a real directory or be replaced by one.
+            # A folded directory lies in the private area as a link, which can't replace a real directory or be replaced
+            # by one.
             if source.kind is Kind.FOLDED and target.kind is Kind.DIRECTORY:
                 self._own_directory(source.number)
             elif source.kind is Kind.DIRECTORY and target.kind is Kind.FOLDED:
@@ -712,7 +714,7 @@ class Tree:
     # -------------------------------------------------------------------------------------------------- attributes
 
     def setattr(self, number: int, changes: Changes, handle: int | None = None) -> Attributes:
-        """Change attributes; of a template's file without its data, unless the size changes. Gives the new attributes."""
+        """Change attributes and give the new ones; a template's file is copied only if its size changes."""
         if changes.size is not None:
             self._own_file(number, changes.size)
         with self._lock:
@@ -787,7 +789,7 @@ class Tree:
             os.close(fd)
 
     def _open_own(self, node: Node, flags: int) -> int:
-        """Open a regular file of the container's own; anything else is refused before it is touched: it may be a device."""
+        """Open a regular file of the container's own; anything else, maybe a device, is refused untouched."""
         folder, name = self._nodes.location(node)
         if not stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
