@@ -133,7 +133,7 @@ def list_names(folder_fd: int) -> list[bytes]:
     """Names in the directory ``folder_fd`` (which may be an ``O_PATH`` descriptor, or -1 for one that isn't there)."""
     if folder_fd < 0:
         return []
-    fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder_fd)
+    fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME | os.O_CLOEXEC, dir_fd=folder_fd)
     try:
         return [os.fsencode(name) for name in os.listdir(fd)]
     finally:

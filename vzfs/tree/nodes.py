@@ -517,7 +517,7 @@ class Nodes:
 
     def _count_folded(self, node: Node) -> int:
         directory = self.directory_fd(node)
-        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME | os.O_CLOEXEC, dir_fd=directory)
         try:
             with os.scandir(fd) as entries:
                 links = [os.fsencode(entry.name) for entry in entries if entry.is_symlink()]
