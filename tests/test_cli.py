@@ -481,7 +481,8 @@ def test_sizes() -> None:
 
 def test_diff_lines(store: FakeStore) -> None:
     store.cts[0].changes = [
-        FakeChange("added", "/new", what=("content",)),
+        FakeChange("added", "/new"),
+        FakeChange("added", "/link", what=("links",)),
         FakeChange("changed", "/etc/motd", what=("mode", "content"), content="-old\n+new\x1b[0m\n"),
         FakeChange("removed", "/gone", type="dir"),
         FakeChange("renamed", "/b", old_path="/a", what=("mode",)),
@@ -489,6 +490,7 @@ def test_diff_lines(store: FakeStore) -> None:
     ]
     assert run("diff", "101", "--content").stdout.splitlines() == [
         "A /new",
+        "A /link (links)",
         "C /etc/motd (mode, content)",
         "-old",
         "+new\\x1b[0m",
@@ -498,8 +500,8 @@ def test_diff_lines(store: FakeStore) -> None:
     ]
     assert store.cts[0].calls == [("diff", (True,))]
     parsed = json.loads(run("--json", "diff", "web").stdout)
-    assert [change["kind"] for change in parsed] == ["added", "changed", "removed", "renamed", "renamed"]
-    assert parsed[1]["what"] == ["mode", "content"]
+    assert [change["kind"] for change in parsed] == ["added", "added", "changed", "removed", "renamed", "renamed"]
+    assert parsed[2]["what"] == ["mode", "content"]
     store.cts[0].changes = []
     assert json.loads(run("diff", "101", "--json").stdout) == []
 

@@ -324,7 +324,7 @@ def describe(change: Change) -> str:
     path = escape_name(change.path)
     if change.kind == "renamed" and change.old_path is not None:
         path = f"{escape_name(change.old_path)} -> {path}"
-    what = f" ({', '.join(change.what)})" if change.what and change.kind != "added" else ""
+    what = f" ({', '.join(change.what)})" if change.what else ""
     return f"{letter} {path}{what}"
 
 
