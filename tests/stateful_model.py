@@ -217,8 +217,8 @@ class _Open:
 class TreeFs:
     """A ``Tree``, driven as the kernel would drive it: every path walked by counted look-ups, forgotten later.
 
-    ``eager`` forgets after each operation all that no descriptor needs; else ``forget_all`` does when it is called. What
-    the kernel checks before it asks a FUSE server is checked here.
+    ``eager`` forgets after each operation all that no descriptor needs; else ``forget_all`` does when it is called.
+    What the kernel checks before it asks a FUSE server is checked here.
     """
 
     def __init__(self, layout: Layout, container: Path, *, eager: bool = False, caller: Caller = ROOT) -> None:
@@ -228,11 +228,15 @@ class TreeFs:
         self._known: Counter[int] = Counter()
         self._open: dict[int, _Open] = {}
         self._next = 1
+        self._shut = False
 
     # --------------------------------------------------------------------------------------------- what the kernel does
 
     def shut(self) -> None:
-        """Close everything, as an unmount does."""
+        """Close everything, as an unmount does; a second time does nothing."""
+        if self._shut:
+            return
+        self._shut = True
         for fd in list(self._open):
             self.close(fd)
         self.forget_all()
@@ -444,9 +448,10 @@ class TreeFs:
         with self._operation():
             old_parent, old_name = self._parent(old)
             new_parent, new_name = self._parent(new)
-            source, target = self._lookup(old_parent, old_name), self._lookup(new_parent, new_name)
+            source = self._lookup(old_parent, old_name)
             if source is None:
                 raise FileNotFoundError(errno.ENOENT, "no such name", old)
+            target = self._lookup(new_parent, new_name)
             if target is not None and flags & calls.RENAME_NOREPLACE:
                 raise FileExistsError(errno.EEXIST, "exists", new)
             if target is None and flags & calls.RENAME_EXCHANGE:
@@ -585,8 +590,8 @@ class Disagreement(AssertionError):
 class Pair:
     """The plain file system and vzfs; ``start_ns`` is when the comparison began.
 
-    Inodes of the plain side are pinned by descriptors, so that their numbers are not given out again and each stands for
-    one identity; ``_inodes`` has what vzfs calls each of them, ``_mtimes`` the last seen modification times of both.
+    Inodes of the plain side are pinned by descriptors, so that their numbers are not given out again and each stands
+    for one identity; ``_inodes`` has what vzfs calls each of them, ``_mtimes`` the last seen modification times of both.
     """
 
     def __init__(self, plain: PosixFs, ours: FileSystem) -> None:

@@ -217,8 +217,8 @@ class SideBySide(RuleBasedStateMachine):
     def create(self, folder: int, name: bytes | int, content: bytes, mode: int, flags: int) -> None:
         path = self._place(folder, name)
         self._touch(path)
-        if self._is(path, stat.S_ISFIFO):
-            return  # opening one is the kernel's affair
+        if self._is(path, lambda mode: not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))):
+            return  # opening a FIFO or a device is the kernel's affair
         if self._pair.keep_open(path, os.O_RDWR | os.O_CREAT | flags, mode):
             self._pair.do_open(-1, "pwrite", content, 0)
             if self._pair.descriptor_count > MAX_DESCRIPTORS:
@@ -453,6 +453,7 @@ def run(
         database=None,
         deadline=None,
         print_blob=LONG,
+        report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
