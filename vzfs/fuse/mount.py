@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import select
 import stat
 import subprocess
@@ -25,30 +26,35 @@ from vzfs.store import sys
 from vzfs.store.lock import read_holder
 
 FSTYPE = "fuse.vzfs"
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """One line of /proc/self/mountinfo: where and what."""
+    """One line of /proc/self/mountinfo: where and what; ``device`` is the file system's ``major:minor``."""
 
     mountpoint: str
     fstype: str
     source: str
+    device: str
 
 
-def mount_table() -> Iterator[MountEntry]:
-    """All mounts that this process sees, the topmost of a place last."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split()
-            separator = fields.index("-", 6)
-            yield MountEntry(_unescape(fields[4]), fields[separator + 1], _unescape(fields[separator + 2]))
+def mount_table(process: int | str = "self") -> Iterator[MountEntry]:
+    """All mounts that this process, or another, sees, the topmost of a place last."""
+    # As bytes: names may hold whatever str takes for white space or the end of a line, the kernel escapes four of them.
+    for line in Path(f"/proc/{process}/mountinfo").read_bytes().removesuffix(b"\n").split(b"\n"):
+        fields = line.split(b" ")
+        separator = fields.index(b"-", 6)
+        yield MountEntry(
+            _unescape(fields[4]),
+            os.fsdecode(fields[separator + 1]),
+            _unescape(fields[separator + 2]),
+            os.fsdecode(fields[2]),
+        )
 
 
-def _unescape(text: str) -> str:
-    for code in ("\\040", "\\011", "\\012"):
-        text = text.replace(code, chr(int(code[1:], 8)))
-    return text.replace("\\134", "\\")
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(_ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), field))
 
 
 def is_fuse_mount(mountpoint: Path) -> bool:
@@ -153,7 +159,7 @@ def _read_report(fd: int, timeout_s: float) -> dict[str, object] | None:
 def unmount(container: Path, mountpoint: Path, *, lazy: bool, timeout_s: float) -> None:
     """Unmount and wait until the serving process is done.
 
-    Raises ``NotMountedError``, ``BusyError`` (files are open there, and not ``lazy``).
+    Raises ``NotMountedError``, ``BusyError`` (files are open there, and not ``lazy``; or it is mounted elsewhere, too).
     """
     if not is_fuse_mount(mountpoint):
         holder = read_holder(container)
@@ -164,6 +170,7 @@ def unmount(container: Path, mountpoint: Path, *, lazy: bool, timeout_s: float) 
         raise NotMountedError(
             f"container {container} is not mounted", remedy=f"mount it with: vzfs mount {container.name}"
         )
+    device = [entry.device for entry in mount_table() if entry.mountpoint == os.path.abspath(mountpoint)][-1]
     try:
         sys.umount2(os.fsencode(mountpoint), sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0))
     except OSError as error:
@@ -177,20 +184,46 @@ def unmount(container: Path, mountpoint: Path, *, lazy: bool, timeout_s: float) 
     end = time.monotonic() + timeout_s
     while read_holder(container) is not None:
         if time.monotonic() > end:
+            _refuse_other_mounts(container, mountpoint, device)
             raise VzfsError(
                 f"the serving process of {container} did not end within {timeout_s:g} s", remedy="see its log"
             )
         time.sleep(0.005)
 
 
+def _refuse_other_mounts(container: Path, mountpoint: Path, device: str) -> None:
+    """Raise ``BusyError`` if the file system lives on, gone from its mount point: bound, or in other mount namespaces."""
+    others = [entry.mountpoint for entry in mount_table() if entry.device == device]
+    if others:
+        raise BusyError(
+            f"{container} is unmounted from {mountpoint} but mounted at {', '.join(others)}, too",
+            remedy=f"umount {' '.join(others)}",
+        )
+    namespaces = {os.stat("/proc/self/ns/mnt").st_ino}
+    for pid in _processes():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            namespace = os.stat(f"/proc/{pid}/ns/mnt").st_ino
+            if namespace in namespaces:
+                continue
+            namespaces.add(namespace)
+            if any(entry.device == device for entry in mount_table(pid)):
+                raise BusyError(
+                    f"{container} is unmounted here but not in the mount namespace of process {pid}",
+                    remedy=f"end that process, or: nsenter --mount --target {pid} umount {mountpoint}",
+                )
+
+
 def _users(mountpoint: Path) -> str:
-    """Which processes use the mount, as far as can be seen, to be put into a message."""
-    pids = sorted(pid for pid in map(_as_pid, os.listdir("/proc")) if pid and _uses(pid, str(mountpoint)))
-    return f" by process {', '.join(map(str, pids[:8]))}" if pids else ""
+    """Which processes and mounts use the mount, as far as can be seen, to be put into a message."""
+    pids = [str(pid) for pid in _processes() if _uses(pid, str(mountpoint))]
+    mounts = [entry.mountpoint for entry in mount_table() if entry.mountpoint.startswith(f"{mountpoint}/")]
+    users = [f"process {', '.join(pids[:8])}"] if pids else []
+    users += [f"the mount {', '.join(mounts[:8])}"] if mounts else []
+    return f" by {' and '.join(users)}" if users else ""
 
 
-def _as_pid(name: str) -> int:
-    return int(name) if name.isdecimal() else 0
+def _processes() -> list[int]:
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
 def _uses(pid: int, mountpoint: str) -> bool:
