@@ -1,0 +1,169 @@
+"""Link groups: each record is one, stands for names that exist, and counts them right."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable
+
+from vzfs.store import magic, sys
+from vzfs.store.check.finding import Report
+from vzfs.store.check.ground import Ground
+from vzfs.store.layout import ATTR_XATTR, COW, LINKS, NLINK_XATTR, RESERVED_PREFIX, STAGE
+from vzfs.store.opened import OpenTemplate
+from vzfs.store.record import Record
+from vzfs.store.survey import Spot, Survey, read_xattr
+from vzfs.store.template import printable
+
+
+def check_records(ground: Ground, report: Report, survey: Survey) -> None:
+    """Every record in ``cow/links`` is right."""
+    for key in sorted(survey.groups):
+        path = os.fsencode(COW) + b"/" + LINKS + b"/" + key
+        lose = ground.in_cow(LINKS, key, ground.lost.take)
+        group = parse_key(key)
+        if group is None:
+            report(path, "malformed", "is no name of a link group's record", lose)
+            continue
+        name, leader = group
+        template = survey.templates.get(name)
+        if template is None:
+            if ground.is_absent(name, report):
+                report(path, "dangling", f"record for the template {name}, which is not in the store", lose)
+        elif not leader < template.index.count or template.group_key(leader) != key or _is_directory(template, leader):
+            report(path, "dangling", "record for an entry that the template doesn't have", lose)
+        else:
+            _Record(ground, report, survey, template, leader).check(path)
+
+
+def parse_key(key: bytes) -> tuple[str, int] | None:
+    """Template and leader in the name of a record."""
+    name, colon, number = key.decode("ascii", "replace").rpartition(":")
+    if not colon or not magic.valid_template_name(name) or not number.isdecimal() or len(number) > 10:
+        return None
+    return (name, int(number)) if str(int(number)) == number else None
+
+
+def _is_directory(template: OpenTemplate, entry: int) -> bool:
+    return template.index.is_directory(entry)
+
+
+class _Record:
+    """One record for an entry that the template has."""
+
+    def __init__(self, ground: Ground, report: Report, survey: Survey, template: OpenTemplate, leader: int) -> None:
+        self._ground = ground
+        self._report = report
+        self._survey = survey
+        self._template = template
+        self._leader = leader
+        self._key = template.group_key(leader)
+
+    def check(self, path: bytes) -> None:
+        """Look at its form, its attributes, its names and their number."""
+        fd = self._ground.open_cow(LINKS)
+        try:
+            fault = self._fault(fd)
+            attributes = read_xattr(sys.entry_path(fd, self._key), ATTR_XATTR)
+            noted = read_xattr(sys.entry_path(fd, self._key), NLINK_XATTR)
+        finally:
+            os.close(fd)
+        lose = self._ground.in_cow(LINKS, self._key, self._ground.lost.take)
+        if fault:
+            self._report(path, "malformed", fault, lose)
+            return
+        names = self._count_names()
+        if not names:
+            shown = printable(self._template.index.path(self._leader))
+            self._report(path, "orphan-group", f"changes to the template's /{shown}, which has no name left", lose)
+            return
+        if attributes is not None and not is_record(attributes):
+            detail = f"{ATTR_XATTR} can't be {printable(attributes)}"
+            self._report(path, "bad-record", detail, self._ground.in_cow(LINKS, self._key, _forget_attributes))
+        if noted != b"%d" % names:
+            detail = f"has {names} names, {NLINK_XATTR} says {printable(noted or b'nothing')}"
+            self._report(path, "link-count", detail, self._ground.in_cow(LINKS, self._key, _note_count(names)))
+
+    def _fault(self, links_fd: int) -> str:
+        """Why it can't be a record for its entry, or nothing."""
+        mode = os.lstat(self._key, dir_fd=links_fd).st_mode
+        if stat.S_ISLNK(mode):
+            text = os.readlink(self._key, dir_fd=links_fd)
+            if magic.is_magic(text):
+                return "" if self._means_group(text) else f"is a magic link elsewhere: {printable(text)}"
+        if stat.S_IFMT(mode) != stat.S_IFMT(self._template.index.mode(self._leader)):
+            return "is of another type than the template's entry"
+        return ""
+
+    def _means_group(self, text: bytes) -> bool:
+        link = magic.parse(text)
+        if link is None or link.template != self._template.name:
+            return False
+        entry = self._template.index.find_path(link.path)
+        return entry is not None and self._template.group_key(entry) == self._key
+
+    def _count_names(self) -> int:
+        members = self._template.index.members(self._leader)
+        folded = sum(self._survey.in_folded(self._template, entry) for entry in members)
+        return self._survey.group_names[self._key] + folded
+
+
+def is_record(value: bytes) -> bool:
+    """Whether ``value`` is a readable ``trusted.vzfs.attr``."""
+    try:
+        Record.decode(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _forget_attributes(links_fd: int, key: bytes) -> str:
+    os.removexattr(sys.entry_path(links_fd, key), ATTR_XATTR, follow_symlinks=False)
+    return "removed"
+
+
+def _note_count(names: int) -> Callable[[int, bytes], str]:
+    def work(links_fd: int, key: bytes) -> str:
+        os.setxattr(sys.entry_path(links_fd, key), NLINK_XATTR, b"%d" % names, follow_symlinks=False)
+        return "set"
+
+    return work
+
+
+def make_record(ground: Ground, template: OpenTemplate, entry: int, links: list[Spot], names: int) -> None:
+    """Make ``entry``, which has ``names`` names but no record, a link group with the attributes of one of them."""
+    stage_fd = ground.open_cow(STAGE, make=True)
+    links_fd = -1
+    staged = b"record-" + secrets.token_hex(4).encode()
+    try:
+        links_fd = ground.open_cow(LINKS, make=True)
+        os.symlink(template.link_text(entry), staged, dir_fd=stage_fd)
+        path = sys.entry_path(stage_fd, staged)
+        for name, value in _carried(ground, links).items():
+            os.setxattr(path, name, value, follow_symlinks=False)
+        os.setxattr(path, NLINK_XATTR, b"%d" % names, follow_symlinks=False)
+        sys.renameat2(stage_fd, staged, links_fd, template.group_key(entry), sys.RENAME_NOREPLACE)
+    except BaseException:
+        sys.remove_tree(stage_fd, staged)
+        raise
+    finally:
+        os.close(stage_fd)
+        if links_fd >= 0:
+            os.close(links_fd)
+
+
+def _carried(ground: Ground, links: list[Spot]) -> dict[str, bytes]:
+    """The store's attributes of the first of the links that carries any."""
+    for spot in links:
+        fd = spot.folder.open(ground.root_fd)
+        try:
+            if os.lstat(spot.name, dir_fd=fd).st_nlink > 1:
+                continue
+            path = sys.entry_path(fd, spot.name)
+            names = [name for name in os.listxattr(path, follow_symlinks=False) if name.startswith(RESERVED_PREFIX)]
+            if ATTR_XATTR in names:
+                return {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
+        finally:
+            os.close(fd)
+    return {}
