@@ -23,7 +23,7 @@ from pathlib import Path
 from vzfs import errors
 from vzfs.errors import BusyError, NotMountedError, UnsupportedError, UsageError, VzfsError
 from vzfs.store import sys
-from vzfs.store.lock import read_holder
+from vzfs.store.lock import Holder, read_holder
 
 FSTYPE = "fuse.vzfs"
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
@@ -57,10 +57,15 @@ def _unescape(field: bytes) -> str:
     return os.fsdecode(_ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), field))
 
 
-def is_fuse_mount(mountpoint: Path) -> bool:
-    """Whether the topmost mount at ``mountpoint`` is of vzfs."""
-    kinds = [entry.fstype for entry in mount_table() if entry.mountpoint == os.path.abspath(mountpoint)]
-    return bool(kinds) and kinds[-1] == FSTYPE
+def vzfs_mount(mountpoint: Path) -> MountEntry | None:
+    """The topmost mount at ``mountpoint`` if it is of vzfs."""
+    entries = [entry for entry in mount_table() if entry.mountpoint == os.path.abspath(mountpoint)]
+    return entries[-1] if entries and entries[-1].fstype == FSTYPE else None
+
+
+def source_name(container: Path) -> str:
+    """What the mount table calls the root of the container at ``container``."""
+    return f"vzfs#{container.name}"
 
 
 def attach(mountpoint: Path, name: str, *, read_only: bool) -> int:
@@ -87,18 +92,19 @@ def attach(mountpoint: Path, name: str, *, read_only: bool) -> int:
     return fd
 
 
-def detach(mountpoint: Path) -> None:
-    """Take the file system at ``mountpoint`` out of the tree of files, if it is still there, in use or not."""
-    if is_fuse_mount(mountpoint):
+def detach(mountpoint: Path, device: str) -> None:
+    """Take the file system ``device`` out of the tree of files if it is still at ``mountpoint``, in use or not."""
+    entry = vzfs_mount(mountpoint)
+    if entry is not None and entry.device == device:  # else unmounted meanwhile, and perhaps another's place now
         with contextlib.suppress(OSError):
             sys.umount2(os.fsencode(mountpoint), sys.MNT_DETACH)
 
 
 def unmount_dead(mountpoint: Path) -> None:
     """Take away mounts of vzfs at ``mountpoint`` whose serving process is gone."""
-    while is_fuse_mount(mountpoint):
+    while vzfs_mount(mountpoint):
         try:
-            os.stat(mountpoint)
+            os.statvfs(mountpoint)  # stat would be answered from the kernel's cache
             return
         except OSError as error:
             if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
@@ -161,8 +167,9 @@ def unmount(container: Path, mountpoint: Path, *, lazy: bool, timeout_s: float) 
 
     Raises ``NotMountedError``, ``BusyError`` (files are open there, and not ``lazy``; or it is mounted elsewhere, too).
     """
-    if not is_fuse_mount(mountpoint):
-        holder = read_holder(container)
+    holder = read_holder(container)
+    entry = vzfs_mount(mountpoint)
+    if entry is None or not _belongs(entry, holder, container):
         if holder is not None:
             raise BusyError(
                 f"process {holder.pid} {holder.doing} {container} elsewhere", remedy="unmount it from there"
@@ -170,7 +177,6 @@ def unmount(container: Path, mountpoint: Path, *, lazy: bool, timeout_s: float) 
         raise NotMountedError(
             f"container {container} is not mounted", remedy=f"mount it with: vzfs mount {container.name}"
         )
-    device = [entry.device for entry in mount_table() if entry.mountpoint == os.path.abspath(mountpoint)][-1]
     try:
         sys.umount2(os.fsencode(mountpoint), sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0))
     except OSError as error:
@@ -184,15 +190,20 @@ def unmount(container: Path, mountpoint: Path, *, lazy: bool, timeout_s: float) 
     end = time.monotonic() + timeout_s
     while read_holder(container) is not None:
         if time.monotonic() > end:
-            _refuse_other_mounts(container, mountpoint, device)
+            _refuse_other_mounts(container, mountpoint, entry.device)
             raise VzfsError(
                 f"the serving process of {container} did not end within {timeout_s:g} s", remedy="see its log"
             )
         time.sleep(0.005)
 
 
+def _belongs(entry: MountEntry, holder: Holder | None, container: Path) -> bool:
+    """Whether the mount is the container's: the one that its living server tells, or what a dead one left."""
+    return entry.device == holder.device if holder else entry.source == source_name(container)
+
+
 def _refuse_other_mounts(container: Path, mountpoint: Path, device: str) -> None:
-    """Raise ``BusyError`` if the file system lives on, gone from its mount point: bound, or in other mount namespaces."""
+    """Raise ``BusyError`` if the file system lives on without its mount point: bound, or in another mount namespace."""
     others = [entry.mountpoint for entry in mount_table() if entry.device == device]
     if others:
         raise BusyError(

@@ -7,6 +7,7 @@ Rule: whoever starts it learns from the report whether the root is usable or why
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import logging.handlers
@@ -21,19 +22,21 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from vzfs.errors import UnsupportedError, UsageError, VzfsError
-from vzfs.fuse.mount import attach, detach, unmount_dead
+from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
+from vzfs.fuse.mount import attach, detach, source_name, unmount_dead, vzfs_mount
 from vzfs.fuse.portable import Engine
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.container import remember_user
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
+from vzfs.store.magic import valid_template_name
 from vzfs.tree.area import Sync
 from vzfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
 JOURNAL_SOCKET = "/dev/log"
+_NOBODY_WAITS = f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +64,19 @@ def serve(order: Order, report_fd: int = -1) -> None:
     lock = Lock.acquire(container, holder)
     try:
         _set_up_log(order)
-        _set_up_process()
         _prepare_mountpoint(mountpoint)
-        remember_user(layout, Conf.load(container / CONF).get(OSTEMPLATE), container)
+        _set_up_process()
+        template = _template_of(container)
         tree = _open_tree(order, layout, container)
         try:
-            _mount(tree, order, mountpoint)
+            remember_user(layout, template, container)
+            device = _mount(tree, order, mountpoint)
             try:
-                lock.describe(replace(holder, doing="serves"))
+                lock.describe(replace(holder, doing="serves", device=device))
                 log.info("serving %s at %s, engine %s", container, mountpoint, engine)
                 trio.run(_run, report_fd)
             finally:
-                detach(mountpoint)
+                detach(mountpoint, device)
                 pyfuse3.close(unmount=False)
                 log.info("unmounted %s", mountpoint)
         finally:
@@ -106,7 +110,14 @@ def _set_up_log(order: Order) -> None:
             ) from error
     stamp = "" if order.log == "journal" else "%(asctime)s "
     handler.setFormatter(logging.Formatter(f"{stamp}vzfs[%(process)d] {order.container}: %(levelname)s %(message)s"))
+    handler.addFilter(_is_news)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what pyfuse3 logs as an error when nobody waits for an answer any more: the program was killed, or the
+    kernel asked to release a file and ended the mount."""
+    return not (record.name == "pyfuse3" and record.getMessage().endswith(_NOBODY_WAITS))
 
 
 def _set_up_process() -> None:
@@ -130,21 +141,47 @@ def _prepare_mountpoint(mountpoint: Path) -> None:
         raise UsageError(f"can't mount at {mountpoint}: it is not empty", remedy="choose an empty directory")
 
 
+def _template_of(container: Path) -> str:
+    name = Conf.load(container / CONF).get(OSTEMPLATE)
+    if not valid_template_name(name):
+        raise DamagedError(
+            f"{container / CONF} names no template: OSTEMPLATE is {name!r}",
+            remedy="set it to the one that the container was made from; vzfs template list shows all",
+        )
+    return name
+
+
 def _open_tree(order: Order, layout: Layout, container: Path) -> Tree:
     try:
         sync = Sync(order.sync)
     except ValueError:
         raise UsageError(f"there is no sync policy {order.sync!r}", remedy="choose none, data or full") from None
-    return Tree(layout, container, read_only=order.read_only, sync=sync)
+    try:
+        return Tree(layout, container, read_only=order.read_only, sync=sync)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FullError(f"no space left to mount {container}", remedy="free some space there") from error
+        raise DamagedError(
+            f"container {container} can't be opened: {error.strerror}: {_shown(error.filename)}",
+            remedy="see what is there; vzfs check finds more",
+        ) from error
 
 
-def _mount(tree: Tree, order: Order, mountpoint: Path) -> None:
-    fd = attach(mountpoint, f"vzfs#{os.path.basename(order.container)}", read_only=order.read_only)
+def _shown(name: object) -> str:
+    return os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else str(name)
+
+
+def _mount(tree: Tree, order: Order, mountpoint: Path) -> str:
+    """Mount, and give the new file system's ``major:minor``."""
+    fd = attach(mountpoint, source_name(Path(order.container)), read_only=order.read_only)
+    entry = vzfs_mount(mountpoint)
+    device = entry.device if entry else ""
     try:
         pyfuse3.init(Engine(tree), f"/dev/fd/{fd}", set())  # libfuse serves a descriptor that is mounted already
     except BaseException:
-        detach(mountpoint)
+        detach(mountpoint, device)
         raise
+    return device
 
 
 async def _run(report_fd: int) -> None:

@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vzfs.errors import BusyError
+from vzfs.errors import BusyError, UnsupportedError
 from vzfs.store.layout import LOCK
 
 PROBE_TRIES = 10
@@ -23,7 +24,10 @@ PROBE_TRIES = 10
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lock: a process, what it does, and what it serves; ``since`` in seconds since 1970."""
+    """Who holds a lock: a process, what it does, and what it serves; ``since`` in seconds since 1970.
+
+    ``device`` is the served file system's ``major:minor``.
+    """
 
     pid: int
     doing: str
@@ -31,6 +35,7 @@ class Holder:
     mountpoint: str | None = None
     engine: str | None = None
     read_only: bool = False
+    device: str | None = None
 
 
 class Lock:
@@ -41,8 +46,19 @@ class Lock:
 
     @staticmethod
     def acquire(container: Path, holder: Holder) -> Lock:
-        """Take the lock of the container at ``container`` or raise ``BusyError`` naming its holder."""
-        fd = os.open(container / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        """Take the lock of the container at ``container`` or raise ``BusyError`` naming its holder.
+
+        Raises ``UnsupportedError`` where nothing can be written: the lock must say who holds it.
+        """
+        try:
+            fd = os.open(container / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            raise UnsupportedError(
+                f"{container} lies on a read-only file system, and its lock can't be taken",
+                remedy="make that file system writable, or copy the container to one that is",
+            ) from error
         for _ in range(PROBE_TRIES):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

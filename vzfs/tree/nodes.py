@@ -45,7 +45,7 @@ class Nodes:
         self._by_backing: dict[int, Node] = {}
         self._known_folded: set[int] = set()  # numbers of directories inside folded ones, until the next unfolding
         self.groups = self._load_groups()
-        template = self.template(os_template)
+        template = self._templates[os_template] = load_template(os_template)
         self.root = Node(ROOT_NUMBER, Kind.DIRECTORY, template.base, template, 0)
         self.root.backing = os.stat(sys.fd_path(area.root_fd)).st_ino
         self.root.lookups = 1
