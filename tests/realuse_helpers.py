@@ -112,9 +112,9 @@ def together(*works: Callable[[], object]) -> None:
 
 def mounts_below(place: Path) -> list[str]:
     """Mount points at or below ``place``, innermost first."""
-    points = [line.split(" ")[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    decoded = [point.encode().decode("unicode_escape") for point in points]
-    return [point for point in reversed(decoded) if Path(point).is_relative_to(place)]
+    lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]
+    points = [re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4]) for line in lines]
+    return [point for point in map(os.fsdecode, reversed(points)) if Path(point).is_relative_to(place)]
 
 
 def unmount_below(place: Path) -> None:
@@ -235,7 +235,7 @@ def look_at(path: bytes) -> Item:
 
 
 def manifest(top: Path, *, leave_out: frozenset[str] = frozenset()) -> dict[str, Item]:
-    """Every file at and below ``top`` by its path from there; ``leave_out`` paths and all below them are not looked at."""
+    """Every file at and below ``top`` by its path from there, but ``leave_out`` and what is below."""
     found = {"": look_at(os.fsencode(top))}
     folders = [b""]
     while folders:

@@ -54,7 +54,7 @@ class Life:
     def install(self, *packages: str) -> None:
         """Install Debian packages, those which are installed already at no cost."""
         self.sh(
-            "[ -n \"$(ls /var/lib/apt/lists/*Packages* 2>/dev/null)\" ] || apt-get -q update\n"
+            '[ -n "$(ls /var/lib/apt/lists/*Packages* 2>/dev/null)" ] || apt-get -q update\n'
             f"apt-get -q install -y --no-install-recommends {' '.join(packages)}"
         )
 
@@ -187,7 +187,8 @@ def test_a_c_program_is_compiled_and_maps_files(life: Life) -> None:
 def test_a_database_with_shared_memory(life: Life) -> None:
     life.install("sqlite3")
     life.sh(
-        "cd /root && rm -f db* && sqlite3 db 'PRAGMA journal_mode=WAL; CREATE TABLE t (n INTEGER PRIMARY KEY, s TEXT)'\n"
+        "cd /root && rm -f db*\n"
+        "sqlite3 db 'PRAGMA journal_mode=WAL; CREATE TABLE t (n INTEGER PRIMARY KEY, s TEXT)'\n"
         "for w in 1 2 3 4; do (for n in $(seq 25); do\n"
         "  sqlite3 -cmd '.timeout 20000' db \"INSERT INTO t (s) VALUES ('$w-$n')\"; done) & done; wait"
     )
@@ -200,7 +201,7 @@ def test_python_imports_and_compiles(life: Life) -> None:
     life.install("python3-minimal")
     life.sh(
         "mkdir -p /opt/app/pack && cd /opt/app && echo 'VALUE = 6' >pack/__init__.py\n"
-        "for n in $(seq 200); do echo \"from pack import VALUE; N = $n\" >pack/m$n.py; done\n"
+        'for n in $(seq 200); do echo "from pack import VALUE; N = $n" >pack/m$n.py; done\n'
         "cat >run.py <<'END'\n"
         "import importlib, sys\n"
         "print(sum(importlib.import_module(f'pack.m{n}').N for n in range(1, 201)))\n"
@@ -268,7 +269,7 @@ def large_tree(top: Path) -> None:
         if choice == 0:
             path.symlink_to(f"../{'y' * chance.randrange(1, 100)}")
         elif choice == 1:
-            os.link(folders[0] / sorted(os.listdir(folders[0]))[-1], path, follow_symlinks=False)
+            os.link(folders[0] / max(os.listdir(folders[0])), path, follow_symlinks=False)
         elif choice == 2:
             os.mkfifo(path)
         else:
