@@ -170,9 +170,14 @@ def _serves(pid: str, folder: str) -> bool:
     return "vzfs.fuse.serve" in command and f'"{folder}/' in command
 
 
-def forget_names(mountpoint: Path) -> None:
-    """Make the kernel forget the unused names and inodes of one mount, as remounting does (``shrink_dcache_sb``)."""
-    subprocess.run(["mount", "-i", "-o", "remount", str(mountpoint)], check=True)
+def forget_names(path: Path) -> None:
+    """Make the kernel forget the unused names and inodes of the mount that holds ``path``.
+
+    Remounting does so (``shrink_dcache_sb`` in fs/super.c), for this file system only.
+    """
+    while not os.path.ismount(path):
+        path = path.parent
+    subprocess.run(["mount", "-i", "-o", "remount", str(path)], check=True)
 
 
 def drop_names_everywhere() -> None:
