@@ -270,6 +270,7 @@ class Owner:
             os.rename(key, node.orphan, src_dir_fd=self._area.links_fd, dst_dir_fd=self._area.orphans_fd)
         else:
             os.unlink(key, dir_fd=self._area.links_fd)
+        step("link-group:ended")
         self._nodes.groups.discard(key)
 
     # ------------------------------------------------------------------------------------------------------ orphans

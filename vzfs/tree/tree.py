@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from vzfs.store import sys
 from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.faults import step
 from vzfs.store.index import Attributes
 from vzfs.store.layout import CONF, RESERVED_PREFIX, Layout
 from vzfs.store.opened import OpenTemplate
@@ -381,6 +382,7 @@ class Tree:
     def _adopt(self, directory: Node, fd: int, name: bytes, caller: Caller) -> Entry:
         """Give the just made ``name`` its owner and a node; if that fails, it is unmade."""
         try:
+            step("make:made")
             info = self._give_to(fd, name, caller)
             node = self._nodes.adopt(directory, name, info)
             node.lookups += 1
@@ -454,6 +456,7 @@ class Tree:
         self._owner.change_group_nlink(node, +1)
         try:
             node.template.plant_link(fd, name, node.entry)
+            step("link-group:planted")
         except BaseException:
             self._owner.change_group_nlink(node, -1)
             raise
@@ -479,12 +482,14 @@ class Tree:
             last = self._loses_last_name(node)
             keep = self._must_keep(node, directory, name, last=last)
             fd = self._nodes.directory_fd(directory)
+            step("unlink:before")
             if keep and last:
                 self._owner.move_to_orphans(node, fd, name)
             else:
                 if keep:
                     self._owner.link_to_orphans(node, fd, name)
                 os.unlink(name, dir_fd=fd)
+            step("unlink:done")
             self._after_losing_name(node, directory, name, last=last)
 
     def _existing(self, directory: Node, name: bytes) -> Node:
@@ -529,12 +534,14 @@ class Tree:
             if not node.is_directory:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory", name)
             self._loses_last_name(node)
+            step("rmdir:before")
             if node.kind is Kind.FOLDED:
                 self._check_empty(node)
                 os.unlink(name, dir_fd=fd)
                 self._count_folded(directory, -1)
             else:
                 os.rmdir(name, dir_fd=fd)
+            step("rmdir:done")
             self._nodes.bury(node)
 
     @staticmethod
@@ -620,7 +627,9 @@ class Tree:
         source_fd, target_fd = self._nodes.directory_fd(source_dir), self._nodes.directory_fd(target_dir)
         if target is not None and not exchange and self._must_keep(target, target_dir, new_name, last=last):
             self._owner.link_to_orphans(target, target_fd, new_name)
+        step("rename:before")
         sys.renameat2(source_fd, old_name, target_fd, new_name, flags)
+        step("rename:done")
         if source.kind is Kind.FOLDED:
             self._count_folded(source_dir, -1)
             self._count_folded(target_dir, +1)
