@@ -74,9 +74,9 @@ def measure(bench: Bench) -> Report:
         "lstat of random names in an open directory; the kernel's names are dropped after every "
         f"{BATCH}. *Folded*: a directory of the template as it is; *unfolded*: one with a file made in it; *private*: "
         "made by the container. *Tree alone*: the same look-ups as calls of `Tree.lookup`, without kernel, engine and "
-        "process switches. *As stored*: lstat of as many names in the directory of the template or the private area itself, "
-        "names known; it grows because more inodes are spread over more memory than a processor's caches hold. Each value "
-        f"is the mean over {BATCH * BATCHES} look-ups.",
+        "process switches. *As stored*: lstat of as many names in the directory of the template or the private area "
+        "itself, names known; it grows because inodes are spread over more memory than a processor's caches hold. Each "
+        f"value is the mean over {BATCH * BATCHES} look-ups.",
         figures,
     )
 
@@ -119,7 +119,7 @@ def _template_folder(container: Container) -> Path:
 
 
 def _lstat(path: Path, case: Case, rng: random.Random, *, forget: bool) -> float:
-    """Mean time of an lstat in the directory at ``path``, µs; ``forget`` drops names before, ``path`` being in a mount."""
+    """Mean time of an lstat in the directory at ``path``, µs; ``forget`` drops the names of its mount before."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     spent = 0
     try:
