@@ -71,17 +71,19 @@ class PrivateArea:
         self._staged += 1
         return b"%d" % self._staged
 
+    def cached(self, directory: Node) -> int | None:
+        """The directory's descriptor, borrowed, if it is open."""
+        fd = self._open.get(directory)
+        if fd is not None:
+            self._open.move_to_end(directory)
+        return fd
+
     def directory(self, chain: list[Node]) -> int:
-        """Descriptor (``O_PATH``) of the last of ``chain``: real directories from below the root to the wanted one."""
+        """Open, and give borrowed, the last of ``chain``: real directories from below the root to the wanted one."""
         if not chain:
             return self.root_fd
-        wanted = chain[-1]
-        fd = self._open.get(wanted)
-        if fd is not None:
-            self._open.move_to_end(wanted)
-            return fd
         fd = self._walk(chain)
-        self._open[wanted] = fd
+        self._open[chain[-1]] = fd
         if len(self._open) > DIRECTORY_CACHE:
             os.close(self._open.popitem(last=False)[1])
         return fd
@@ -115,11 +117,6 @@ class PrivateArea:
         fd = self._open.pop(node, None)
         if fd is not None:
             os.close(fd)
-
-    @property
-    def open_directories(self) -> int:
-        """How many directory descriptors are kept now."""
-        return len(self._open)
 
 
 def node_name(node: Node) -> bytes:

@@ -419,6 +419,9 @@ class Nodes:
 
     def directory_fd(self, node: Node) -> int:
         """Descriptor of a real directory, borrowed (see ``PrivateArea``)."""
+        fd = self.area.cached(node)
+        if fd is not None:
+            return fd
         chain: list[Node] = []
         while node is not self.root:
             chain.append(node)
