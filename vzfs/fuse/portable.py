@@ -43,6 +43,12 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
+def _request(handler: Callable[..., object], arguments: tuple[object, ...]) -> str:
+    """How the log names a request: names in full, data that is written by its length only."""
+    shown = (f"{len(one)} bytes" if isinstance(one, bytes) and len(one) > 255 else repr(one) for one in arguments[1:])
+    return f"{handler.__name__}({', '.join(shown)})"
+
+
 def _guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Turn whatever goes wrong into an errno, and log what should not have happened."""
 
@@ -52,12 +58,14 @@ def _guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
             return await handler(*arguments, **keywords)
         except OSError as error:
             if not error.errno:
-                log.exception("%s%r failed without an errno", handler.__name__, arguments[1:])
+                log.exception("%s failed without an errno", _request(handler, arguments))
+            elif error.errno == errno.EIO:  # damage or a bad disk: the program that sees it may not say where
+                log.error("%s: %s", _request(handler, arguments), error)  # noqa: TRY400
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except (pyfuse3.FUSEError, trio.Cancelled):
             raise
         except Exception:
-            log.exception("%s%r failed", handler.__name__, arguments[1:])
+            log.exception("%s failed", _request(handler, arguments))
             raise pyfuse3.FUSEError(errno.EIO) from None
 
     return guarded
