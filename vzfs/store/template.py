@@ -269,11 +269,11 @@ def _digest(dir_fd: int, name: bytes) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _read_xattrs(path: bytes) -> dict[str, bytes]:
-    """All extended attributes of the entry at ``path``, which is not followed, but the store's own."""
+def _read_xattrs(path: bytes, *, symlink: bool = True) -> dict[str, bytes]:
+    """All extended attributes of the entry at ``path`` but the store's own; ``symlink`` false follows a link there."""
     return {
-        name: xattr.getxattr(path, name, symlink=True)
-        for name in xattr.listxattr(path, symlink=True)
+        name: xattr.getxattr(path, name, symlink=symlink)
+        for name in xattr.listxattr(path, symlink=symlink)
         if not name.startswith(RESERVED_PREFIX)
     }
 
@@ -423,7 +423,7 @@ def _verify_entry(root: int, index: Index, number: int, groups: dict[int, tuple[
             return problems
         if groups.setdefault(index.leader[number], (info.st_dev, info.st_ino)) != (info.st_dev, info.st_ino):
             problems.append(Problem(shown, "links", "is no longer a hard link of its group"))
-        if _read_xattrs(sys.fd_path(fd)) != index.xattrs(number) if not stat.S_ISLNK(info.st_mode) else False:
+        if _read_xattrs(sys.fd_path(fd), symlink=False) != index.xattrs(number):
             problems.append(Problem(shown, "xattrs", "the extended attributes differ"))
         return problems + _verify_content(root, fd, index, number, path, shown)
     finally:
