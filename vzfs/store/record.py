@@ -17,6 +17,8 @@ from vzfs.store.index import Attributes
 from vzfs.store.layout import ATTR_XATTR, XATTR_PREFIX
 
 _NS = 10**9
+_ID_MAX = 2**32 - 2  # the last one means "none" to chown(2)
+_SECONDS_MAX = 2**62  # what fits into a struct timespec with room for arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,11 @@ class Record:
         for word in data.decode("ascii").split():
             key, _, value = word.partition("=")
             if key == "mode":
-                record = replace(record, mode=int(value, 8) & 0o7777)
+                record = replace(record, mode=_number(value, 8, 0o7777))
             elif key == "uid":
-                record = replace(record, uid=int(value))
+                record = replace(record, uid=_number(value, 10, _ID_MAX))
             elif key == "gid":
-                record = replace(record, gid=int(value))
+                record = replace(record, gid=_number(value, 10, _ID_MAX))
             elif key == "atime":
                 record = replace(record, atime_ns=_nanoseconds(value))
             elif key == "mtime":
@@ -82,15 +84,22 @@ class Record:
         )
 
 
+def _number(text: str, base: int, most: int) -> int:
+    number = int(text, base)
+    if not 0 <= number <= most:
+        raise ValueError(f"{text!r} is out of range")
+    return number
+
+
 def _seconds(time_ns: int) -> str:
     return f"{time_ns // _NS}.{time_ns % _NS:09d}"  # floor and positive remainder, also before 1970
 
 
 def _nanoseconds(text: str) -> int:
     seconds, _, fraction = text.partition(".")
-    if len(fraction) != 9:
+    if len(fraction) != 9 or not -_SECONDS_MAX <= int(seconds) <= _SECONDS_MAX:
         raise ValueError(f"malformed time {text!r}")
-    return int(seconds) * _NS + int(fraction)
+    return int(seconds) * _NS + _number(fraction, 10, _NS - 1)
 
 
 def read_record(path: bytes) -> Record | None:
