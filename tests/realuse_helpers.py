@@ -7,6 +7,7 @@ unmounted, and every serving process's log must be free of failures that the tes
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -61,6 +62,16 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"still not after {seconds} s"
         time.sleep(0.01)
+
+
+def expect(code: int, call: Callable[..., object], *arguments: object, **options: object) -> None:
+    """``call`` must fail with the errno ``code``."""
+    try:
+        call(*arguments, **options)
+    except OSError as error:
+        assert error.errno == code, f"{error!r}, not {errno.errorcode[code]}"
+    else:
+        raise AssertionError(f"{call} succeeded, not {errno.errorcode[code]}")
 
 
 def alive(pid: int) -> bool:
@@ -336,9 +347,12 @@ class Rig:
         """Make a container, and the template ``small`` if that is asked for and missing."""
         if template == "small" and not (self.root / "template/small").exists():
             self.template()
-        made = self.store.create(ct, template=template)
-        self._containers.append(made)
-        return made
+        return self.watch(self.store.create(ct, template=template))
+
+    def watch(self, container: Container) -> Container:
+        """Look through the container's log at the end."""
+        self._containers.append(container)
+        return container
 
     def mounted(self, ct: int | str | Path = 101, template: str = "small", **options: Any) -> tuple[Container, Path]:
         """Make a container and mount it."""

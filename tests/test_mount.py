@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from tests.realuse_helpers import (
     clean,
     differences,
     environment,
+    expect,
     in_child,
     manifest,
     mounts_below,
@@ -54,16 +54,6 @@ def pid_of(container: Container) -> int:
 
 def log_of(container: Container) -> str:
     return (container.path / "vzfs.log").read_text()
-
-
-def expect(code: int, call: Callable[..., object], *arguments: object, **options: object) -> None:
-    """``call`` must fail with the errno ``code``."""
-    try:
-        call(*arguments, **options)
-    except OSError as error:
-        assert error.errno == code, f"{error!r}, not {errno.errorcode[code]}"
-    else:
-        raise AssertionError(f"{call} succeeded, not {errno.errorcode[code]}")
 
 
 # ----------------------------------------------------------------------------------------------------------- beginning
