@@ -36,9 +36,11 @@ class PrivateArea:
     """Descriptors of a container's folders; ``cow`` folders are made as needed unless ``read_only``."""
 
     def __init__(self, container: Path, *, read_only: bool) -> None:
+        self.read_only = read_only
         self.root_fd = os.open(container / PRIVATE_AREA, _PATH | os.O_NOFOLLOW)
         self.stage_fd = self.links_fd = self.orphans_fd = -1
         self._open: OrderedDict[Node, int] = OrderedDict()
+        self._removed: dict[Node, int] = {}
         self._staged = 0
         self._cow_fd = os.open(container / COW, _PATH | os.O_NOFOLLOW)
         with contextlib.suppress(FileNotFoundError):
@@ -56,6 +58,8 @@ class PrivateArea:
         """Close every descriptor."""
         while self._open:
             os.close(self._open.popitem()[1])
+        while self._removed:
+            os.close(self._removed.popitem()[1])
         for fd in (self.root_fd, self._cow_fd, self.stage_fd, self.links_fd, self.orphans_fd):
             if fd >= 0:
                 os.close(fd)
@@ -114,9 +118,16 @@ class PrivateArea:
 
     def forget(self, node: Node) -> None:
         """Close a directory's descriptor, if it is open."""
+        for descriptors in (self._open, self._removed):
+            fd = descriptors.pop(node, None)
+            if fd is not None:
+                os.close(fd)
+
+    def hold(self, node: Node) -> None:
+        """Keep a just removed directory's descriptor until ``forget``: its inode number is not given away before."""
         fd = self._open.pop(node, None)
         if fd is not None:
-            os.close(fd)
+            self._removed[node] = fd
 
 
 def node_name(node: Node) -> bytes:

@@ -25,6 +25,7 @@ from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_record
 from vzfs.tree.area import PrivateArea, list_names, node_name
 from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node
+from vzfs.tree.times import restore_times
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Nodes:
         self.root.lookups = 1
         self._table[ROOT_NUMBER] = self._table[template.base] = self.root
         self._by_backing[self.root.backing] = self.root
+        if not area.read_only:
+            restore_times(sys.entry_path(area.root_fd, b"."))
 
     # ------------------------------------------------------------------------------------------------- templates
 
@@ -80,7 +83,10 @@ class Nodes:
         name, _, entry_text = data.decode("ascii", "replace").partition("/")
         if not magic.valid_template_name(name) or not entry_text.isdecimal():
             return None
-        template = self.template(name)
+        try:
+            template = self.template(name)
+        except OSError:
+            return None  # what was copied is the container's own also where the original is missing
         entry = int(entry_text)
         return (template, entry) if entry < template.index.count else None
 
@@ -220,6 +226,8 @@ class Nodes:
         self.place(node, parent, name)
         self.set_own(node, kind, info.st_ino)
         self.register(node)
+        if kind is Kind.DIRECTORY and not self.area.read_only:
+            restore_times(self._at(parent, name))
         return node
 
     def _copied(self, parent: Node, name: bytes, kind: Kind, backing: int) -> Node | None:
@@ -353,7 +361,10 @@ class Nodes:
         node.dead = True
         node.lost = False
         self._by_backing.pop(node.backing, None)
-        self.area.forget(node)
+        if node.lookups > 0:
+            self.area.hold(node)  # a process may be in it: to the kernel, a new node of its number would be its end
+        else:
+            self.area.forget(node)
         self.leave_all_places(node)
         self.register(node)
 
@@ -499,9 +510,12 @@ class Nodes:
         if node.template.group_key(node.entry) not in self.groups:
             return node.template.index.attributes(node.entry).nlink
         try:
-            return int(os.getxattr(sys.entry_path(*self.location(node)), NLINK_XATTR, follow_symlinks=False))
+            nlink = int(os.getxattr(sys.entry_path(*self.location(node)), NLINK_XATTR, follow_symlinks=False))
         except (ValueError, OSError) as error:
             raise OSError(errno.EIO, f"link group without a valid {NLINK_XATTR}") from error
+        if not 0 <= nlink < 2**31:
+            raise OSError(errno.EIO, f"link group with an impossible {NLINK_XATTR}")
+        return nlink
 
     def _folded_children(self, node: Node, real_nlink: int) -> int:
         """How many folded directories a real one holds: they count as links of it, but aren't any on the disk."""

@@ -24,7 +24,9 @@ from vzfs.store.record import Record, read_own_xattrs, read_record
 from vzfs.tree.area import PrivateArea, Sync
 from vzfs.tree.node import Kind, Node, Readers
 from vzfs.tree.nodes import Nodes
+from vzfs.tree.times import unchanged_times
 
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
 
 
@@ -44,7 +46,7 @@ class Owner:
         stage = self._area.stage_fd
         os.mkdir(name, OWN_FOLDER_MODE, dir_fd=stage)
         step("unfold:made")
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=stage)
+        fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=stage)
         try:
             template.unfold_into(fd, entry)
             if self._sync is not Sync.NONE:
@@ -55,7 +57,7 @@ class Owner:
 
     def commit_directory(self, node: Node, staged: bytes) -> None:
         """Swap the staged directory in for the magic link of the folded ``node``."""
-        with self._unchanged_times(self._nodes.parent(node)):
+        with unchanged_times(self._nodes.path(self._nodes.parent(node))):
             folder, name = self._nodes.location(node)
             sys.renameat2(self._area.stage_fd, staged, folder, name, sys.RENAME_EXCHANGE)
             step("unfold:swapped")
@@ -66,12 +68,22 @@ class Owner:
         self._nodes.unfolded(node, os.lstat(name, dir_fd=folder).st_ino)
 
     @contextlib.contextmanager
-    def _unchanged_times(self, directory: Node) -> Iterator[None]:
-        """Keep the times of a directory in which a name gets another meaning only in our eyes."""
-        path = self._nodes.path(directory)
-        before = os.lstat(path)
-        yield
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns), follow_symlinks=False)
+    def folder_like(self, folder: int) -> Iterator[int]:
+        """A folder on the stage that gives what is made in it the ACLs that ``folder`` would give it."""
+        try:
+            acl = os.getxattr(sys.entry_path(folder, b"."), ACL_XATTRS[1])
+        except OSError:  # ENODATA, EOPNOTSUPP: there is none
+            yield self._area.stage_fd
+            return
+        name = self._area.stage_name()
+        os.mkdir(name, OWN_FOLDER_MODE, dir_fd=self._area.stage_fd)
+        fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._area.stage_fd)
+        try:
+            os.setxattr(fd, ACL_XATTRS[1], acl)
+            yield fd
+        finally:
+            os.close(fd)
+            self.discard_stage(name)
 
     def mark_folds(self, directory: Node) -> None:
         """Say on disk that a real directory is about to hold a folded one."""
@@ -106,15 +118,18 @@ class Owner:
             os.mknod(name, attributes.mode, attributes.rdev, dir_fd=self._area.stage_fd)
         step("copy-up:copied")
 
-    def commit_copy(self, node: Node, staged: bytes) -> None:
-        """Give the staged copy the node's attributes and put it in the place of the node's magic link or record."""
+    def commit_copy(self, node: Node, staged: bytes, mtime_ns: int | None = None) -> None:
+        """Give the staged copy the node's attributes and put it in the place of the node's magic link or record.
+
+        ``mtime_ns`` replaces its modification time: a copy that lacks a part of the content is a modified file.
+        """
         template = node.template
         assert template is not None
         stage = self._area.stage_fd
         path = sys.entry_path(stage, staged)
         attributes, xattrs = self._nodes.attributes(node), self.xattrs(node)
         os.setxattr(path, ORIGIN_XATTR, template.origin(node.entry), follow_symlinks=False)
-        apply_attributes(path, attributes, xattrs)
+        apply_attributes(path, attributes if mtime_ns is None else attributes._replace(mtime_ns=mtime_ns), xattrs)
         step("copy-up:staged")
         if node.dead:
             node.orphan = b"%d" % node.number
@@ -122,7 +137,7 @@ class Owner:
         elif node.group:
             self._place_record(node, staged, attributes.nlink)
         else:
-            with self._unchanged_times(self._nodes.parent(node)):
+            with unchanged_times(self._nodes.path(self._nodes.parent(node))):
                 folder, name = self._nodes.location(node)
                 os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
                 step("copy-up:renamed")
@@ -140,7 +155,7 @@ class Owner:
         """With ``Sync.FULL``, what flushes the directory in which the node just changed; to be run without the lock."""
         if self._sync is not Sync.FULL or node.dead:
             return None
-        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._nodes.location(node)[0])
+        fd = os.open(b".", _DIRECTORY, dir_fd=self._nodes.location(node)[0])
 
         def flush() -> None:
             try:
@@ -197,7 +212,7 @@ class Owner:
             if node.group:
                 self._place_record(node, staged, nlink)
             else:
-                with self._unchanged_times(self._nodes.parent(node)):
+                with unchanged_times(self._nodes.path(self._nodes.parent(node))):
                     folder, name = self._nodes.location(node)
                     os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
                     step("record:renamed")
@@ -250,6 +265,11 @@ class Owner:
             node.group = False
             raise
         self._nodes.leave_place(node)
+
+    def begin_counting(self, node: Node) -> None:
+        """Note how many names the link group has before it loses one: if we die then, ``check`` sees it missing."""
+        if node.kind is Kind.TEMPLATE:
+            self._make_record(node, Record(), None, self._nodes.group_nlink(node))
 
     def change_group_nlink(self, node: Node, difference: int) -> int:
         """Count names of the node's link group that came (or, negative, went); gives the new count."""

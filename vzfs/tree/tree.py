@@ -17,10 +17,11 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from vzfs.store import sys
 from vzfs.store.conf import OSTEMPLATE, Conf
@@ -59,6 +60,7 @@ class Caller(NamedTuple):
 
 
 ROOT = Caller(0, 0)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +207,12 @@ class Tree:
                 return self._nodes.entry(directory if directory.dead else self._nodes.parent(directory))
             try:
                 node = self._nodes.child(directory, name)
+                return self._nodes.entry(node) if node else None
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
-                return None  # a damaged entry must not make the rest unreadable; it is in the log
-            return self._nodes.entry(node) if node else None
+                log.error("%r is left out of a listing: %s", name, error)  # noqa: TRY400
+                return None  # a damaged entry must not make the rest unreadable
 
     def statfs(self) -> os.statvfs_result:
         """Space of the file system that holds the private area."""
@@ -264,9 +267,13 @@ class Tree:
     def _own_file(self, number: int, size: int | None = None) -> None:
         """Copy up ``number``, which is no directory, with the first ``size`` bytes of its content (``None``: all)."""
 
+        cut = False
+
         def stage(node: Node, staged: bytes) -> None:
+            nonlocal cut
             assert node.template is not None
             attributes = node.template.index.attributes(node.entry)
+            cut = size is not None and size < attributes.size
             if not stat.S_ISREG(attributes.mode):
                 self._owner.stage_special(node, staged)
                 return
@@ -276,7 +283,10 @@ class Tree:
             finally:
                 os.close(source)
 
-        self._own(number, lambda node: node.kind in (Kind.TEMPLATE, Kind.RECORD), stage, self._owner.commit_copy)
+        def commit(node: Node, staged: bytes) -> None:
+            self._owner.commit_copy(node, staged, time.time_ns() if cut else None)
+
+        self._own(number, lambda node: node.kind in (Kind.TEMPLATE, Kind.RECORD), stage, commit)
 
     def _own(
         self,
@@ -354,54 +364,64 @@ class Tree:
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
         """Make a directory."""
-        return self._make(parent, name, caller, lambda fd: os.mkdir(name, mode & 0o7777, dir_fd=fd))
+        return self._make(parent, name, caller, lambda fd, name: os.mkdir(name, mode & 0o7777, dir_fd=fd))[1]
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
         """Make a regular file, device, FIFO or socket; ``mode`` has the type."""
-        return self._make(parent, name, caller, lambda fd: os.mknod(name, mode, rdev, dir_fd=fd))
+        return self._make(parent, name, caller, lambda fd, name: os.mknod(name, mode, rdev, dir_fd=fd))[1]
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
         """Make a symbolic link; a text that would be a magic link is stored so that it is none."""
-        return self._make(parent, name, caller, lambda fd: make_own_link(fd, name, target))
+        return self._make(parent, name, caller, lambda fd, name: make_own_link(fd, name, target))[1]
 
-    def _make(self, parent: int, name: bytes, caller: Caller, make: Callable[[int], None]) -> Entry:
+    def _make(self, parent: int, name: bytes, caller: Caller, make: Callable[[int, bytes], Made]) -> tuple[Made, Entry]:
         self._check_length(name)
         self._own_directory(parent)
         with self._lock:
-            directory = self._living_directory(parent)
-            fd = self._nodes.directory_fd(directory)
+            return self._make_in(self._living_directory(parent), name, caller, make)
+
+    def _make_in(
+        self, directory: Node, name: bytes, caller: Caller, make: Callable[[int, bytes], Made]
+    ) -> tuple[Made, Entry]:
+        """Let ``make`` make ``name`` as the caller's own, and give what it gave; ``name`` never has another owner."""
+        fd = self._nodes.directory_fd(directory)
+        folder = os.stat(sys.fd_path(fd))
+        gid = folder.st_gid if folder.st_mode & stat.S_ISGID else None
+        if caller.uid == os.geteuid() and (gid is not None or caller.gid == os.getegid()):
             with _masked(caller.umask):
-                make(fd)
-            return self._adopt(directory, fd, name, caller)
+                made = make(fd, name)
+            step("make:made")
+            return made, self._adopt(directory, fd, name)
+        with self._owner.folder_like(fd) as stage:
+            staged = self._area.stage_name()
+            try:
+                with _masked(caller.umask):
+                    made = make(stage, staged)
+                step("make:made")
+                _give_to(stage, staged, caller.uid, caller.gid if gid is None else gid)
+                if gid is not None and stat.S_ISDIR(os.lstat(staged, dir_fd=stage).st_mode):
+                    _add_mode(stage, staged, stat.S_ISGID)
+                sys.renameat2(stage, staged, fd, name, sys.RENAME_NOREPLACE)
+                step("make:named")
+            except BaseException:
+                sys.remove_tree(stage, staged)
+                raise
+        return made, self._adopt(directory, fd, name)
 
     @staticmethod
     def _check_length(name: bytes) -> None:
         if len(name) > NAME_MAX:
             raise OSError(errno.ENAMETOOLONG, "name too long", name)
 
-    def _adopt(self, directory: Node, fd: int, name: bytes, caller: Caller) -> Entry:
-        """Give the just made ``name`` its owner and a node; if that fails, it is unmade."""
+    def _adopt(self, directory: Node, fd: int, name: bytes) -> Entry:
+        """Give the just made ``name`` a node; if that fails, it is unmade."""
         try:
-            step("make:made")
-            info = self._give_to(fd, name, caller)
-            node = self._nodes.adopt(directory, name, info)
+            node = self._nodes.adopt(directory, name, os.lstat(name, dir_fd=fd))
             node.lookups += 1
             return self._nodes.entry(node)
         except BaseException:
             sys.remove_tree(fd, name)
             raise
-
-    @staticmethod
-    def _give_to(fd: int, name: bytes, caller: Caller) -> os.stat_result:
-        """Set the owner of the new ``name``; the group is the directory's if that has the setgid bit."""
-        info = os.lstat(name, dir_fd=fd)
-        gid = info.st_gid if os.stat(sys.fd_path(fd)).st_mode & stat.S_ISGID else caller.gid
-        if (info.st_uid, info.st_gid) == (caller.uid, gid):
-            return info
-        os.chown(name, caller.uid, gid, dir_fd=fd, follow_symlinks=False)
-        if info.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(info.st_mode):
-            os.chmod(name, stat.S_IMODE(info.st_mode), dir_fd=fd)  # chown took the bits
-        return os.lstat(name, dir_fd=fd)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Handle, Entry]:
         """Make a regular file and open it, or open it if it is there and ``flags`` don't have ``O_EXCL``."""
@@ -415,15 +435,16 @@ class Tree:
                     handle = self.open(present.number, flags, caller)
                     present.lookups += 1
                     return handle, self._nodes.entry(present)
-            fd = self._nodes.directory_fd(directory)
             making = flags & _BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with _masked(caller.umask):
-                backing = os.open(name, making, mode & 0o7777, dir_fd=fd)
-            try:
-                entry = self._adopt(directory, fd, name, caller)
-            except BaseException:
-                os.close(backing)
-                raise
+            with contextlib.ExitStack() as on_failure:
+
+                def make(fd: int, name: bytes) -> int:
+                    backing = os.open(name, making, mode & 0o7777, dir_fd=fd)
+                    on_failure.callback(os.close, backing)
+                    return backing
+
+                backing, entry = self._make_in(directory, name, caller, make)
+                on_failure.pop_all()
             return self._add_handle(self._nodes.get(entry.number), backing, flags), entry
 
     def link(self, number: int, parent: int, name: bytes) -> Entry:
@@ -507,7 +528,9 @@ class Tree:
         return node.handles is not None and not node.others and self._nodes.lies_at(node, directory, name)
 
     def _loses_last_name(self, node: Node) -> bool:
-        """Whether the node has one name only; then its attributes without it are noted."""
+        """Whether the node, about to lose a name, has only that; then its attributes without it are noted."""
+        if node.group:
+            self._owner.begin_counting(node)
         now = self._nodes.attributes(node)
         last = now.nlink <= 1 or node.is_directory
         if last:
@@ -909,6 +932,20 @@ def _check_xattr_name(name: bytes) -> None:
 
 def _is_reserved(name: bytes) -> bool:
     return name.startswith(RESERVED_PREFIX.encode())
+
+
+def _give_to(folder: int, name: bytes, uid: int, gid: int) -> None:
+    """Set the owner of the new ``name`` and keep its mode, from which chown(2) takes bits."""
+    mode = os.lstat(name, dir_fd=folder).st_mode
+    os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False)
+    if not stat.S_ISLNK(mode):
+        _add_mode(folder, name, mode & (stat.S_ISUID | stat.S_ISGID))
+
+
+def _add_mode(folder: int, name: bytes, bits: int) -> None:
+    mode = stat.S_IMODE(os.lstat(name, dir_fd=folder).st_mode)
+    if bits & ~mode:
+        os.chmod(name, mode | bits, dir_fd=folder)
 
 
 @contextlib.contextmanager
