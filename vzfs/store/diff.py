@@ -3,7 +3,8 @@
 Rule: the private area is only read, twice, and cost follows what the container unfolded. A magic link at its default
 place is unchanged without a look at the template's files; a changed file's content is compared by size, then digest.
 
-What counts as one change, in the order of a depth-first listing sorted by the bytes of names:
+What counts as one change, in the order of a depth-first listing sorted by the bytes of names; at one name what is no
+longer there (and all that it held) comes before what is:
 
     removed   each entry that is nowhere any more, a directory before all that it held
     renamed   an entry of the template that lies elsewhere than its directory does; a directory is one line, what it

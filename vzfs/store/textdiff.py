@@ -117,8 +117,8 @@ class _Matcher(difflib.SequenceMatcher[str]):
         if effort <= 0 or effort > self._effort:
             return
         self._effort -= effort
-        blocks = difflib.SequenceMatcher(None, self._old[i:old_end], self._new[j:new_end]).get_matching_blocks()
-        for a, b, size in blocks:
+        old, new = self._old[i:old_end], self._new[j:new_end]
+        for a, b, size in difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks():
             yield i + a, j + b, size
 
 
