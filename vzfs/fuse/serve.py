@@ -134,6 +134,7 @@ def _prepare_mountpoint(mountpoint: Path) -> None:
         mountpoint.mkdir(mode=OWN_FOLDER_MODE, parents=True, exist_ok=True)
         occupied = any(mountpoint.iterdir())
     except OSError as error:
+        _refuse_full_disk(error, mountpoint)
         raise UsageError(
             f"can't mount at {mountpoint}: {error.strerror}", remedy="choose an empty directory"
         ) from error
@@ -159,12 +160,16 @@ def _open_tree(order: Order, layout: Layout, container: Path) -> Tree:
     try:
         return Tree(layout, container, read_only=order.read_only, sync=sync)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FullError(f"no space left to mount {container}", remedy="free some space there") from error
+        _refuse_full_disk(error, container)
         raise DamagedError(
             f"container {container} can't be opened: {error.strerror}: {_shown(error.filename)}",
             remedy="see what is there; vzfs check finds more",
         ) from error
+
+
+def _refuse_full_disk(error: OSError, where: Path) -> None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise FullError(f"no space left to mount {where}", remedy="free some space there") from error
 
 
 def _shown(name: object) -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 from vzfs.errors import ExistsError, FullError, NotFoundError, UsageError
 from vzfs.store import sys
 from vzfs.store.conf import NAME, OSTEMPLATE, TEMPLATES, VE_ROOT, Conf
-from vzfs.store.layout import CONF, COW, DUMP, LOCK, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
-from vzfs.store.lock import Holder, Lock
+from vzfs.store.layout import CONF, COW, DUMP, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
+from vzfs.store.lock import Holder, Lock, make_lock
 from vzfs.store.opened import OpenTemplate
 
 CtId = int | str | os.PathLike[str]
@@ -142,7 +142,7 @@ def _fill(folder: Path, template: OpenTemplate, name: str | None, mountpoint: st
     if mountpoint is not None:
         conf.set(VE_ROOT, os.path.abspath(mountpoint))
     (folder / CONF).write_text(conf.text())
-    (folder / LOCK).touch(mode=0o600)
+    make_lock(folder)
 
 
 def _appear(staged: Path, path: Path) -> None:

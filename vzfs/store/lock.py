@@ -16,8 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vzfs.errors import BusyError, UnsupportedError
+from vzfs.store import sys
 from vzfs.store.layout import LOCK
 
+ROOM = 4096
+"""Bytes of disk that an unheld, empty lock keeps: who is to make room on a full disk must be able to mount."""
 PROBE_TRIES = 10
 """Attempts at a lock that seems held by nobody: ``read_holder`` takes it for an instant."""
 
@@ -87,7 +90,17 @@ class Lock:
     def release(self) -> None:
         """Empty the file and give the lock up."""
         os.ftruncate(self._fd, 0)
+        sys.reserve(self._fd, ROOM)
         os.close(self._fd)
+
+
+def make_lock(container: Path) -> None:
+    """Make the lock of a new container, held by nobody."""
+    fd = os.open(container / LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        sys.reserve(fd, ROOM)
+    finally:
+        os.close(fd)
 
 
 def _busy(container: Path, holder: Holder | None) -> str:

@@ -37,6 +37,8 @@ MS_POSIXACL = 1 << 16
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
+_FALLOC_FL_KEEP_SIZE = 1  # <linux/falloc.h>
+
 PATH_MAX = 4096
 """Bytes of a path in one system call, the final NUL included (<linux/limits.h>)."""
 
@@ -92,6 +94,12 @@ def mount(source: bytes, target: bytes, fstype: bytes, flags: int, data: bytes) 
 def umount2(path: bytes, flags: int = 0) -> None:
     """Unmount what is mounted at ``path`` (umount2(2))."""
     _check(_libc.umount2(ctypes.c_char_p(path), flags), path)
+
+
+def reserve(fd: int, size: int) -> None:
+    """Give the file blocks for ``size`` bytes without changing its size (fallocate(2)), where the file system can."""
+    with contextlib.suppress(OSError):
+        _check(_libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)))
 
 
 def syncfs(fd: int) -> None:

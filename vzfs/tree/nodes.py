@@ -493,6 +493,8 @@ class Nodes:
     def _own_attributes(self, node: Node) -> Attributes:
         if node.kind is Kind.DIRECTORY:
             info = os.stat(self.path(node), follow_symlinks=False)
+            if info.st_nlink == 1:  # btrfs, for one, doesn't count subdirectories, and says so by 1
+                return Attributes.of(info, node.ino, 1)
             return Attributes.of(info, node.ino, info.st_nlink + self._folded_children(node, info.st_nlink))
         folder, name = self.location(node)
         info = os.lstat(name, dir_fd=folder)
