@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 PRIVATE_SHIFT = 1 << 52
 """Added to inode numbers of the private area that reach into the templates' range; still exact as a double."""
 NAME_MAX = 255
+_NO_NAMES = (b"", b".", b"..")
 """Bytes of a name, as on ext4; the kernel lets longer ones through to a FUSE server."""
 
 
@@ -142,8 +143,7 @@ class Nodes:
 
     def child(self, parent: Node, name: bytes) -> Node | None:
         """The node called ``name`` in ``parent``, or ``None``; registered when it isn't what its number says."""
-        if len(name) > NAME_MAX:
-            raise OSError(errno.ENAMETOOLONG, "name too long", name)
+        check_name(name)
         if parent.dead:
             return None
         if parent.kind is Kind.FOLDED:
@@ -166,7 +166,7 @@ class Nodes:
     def _folded_child(self, template: OpenTemplate, entry: int) -> Node:
         number = self._number(template, entry)
         known = self._table.get(number)
-        if known is not None:
+        if known is not None and not known.dead:
             return known
         index = template.index
         if index.next_link[entry] != entry or (self.groups and template.group_key(entry) in self.groups):
@@ -201,16 +201,22 @@ class Nodes:
         leader: int = template.index.leader[entry]
         number = template.base + leader
         node = self._table.get(number)
-        if node is not None:
+        if node is not None and not node.dead:
             return node
-        node = Node(number, Kind.TEMPLATE, number, template, leader, group=True)
         key = template.group_key(leader)
-        if key in self.groups:
-            info = os.lstat(key, dir_fd=self.area.links_fd)
-            if stat.S_ISLNK(info.st_mode) and magic.is_magic(os.readlink(key, dir_fd=self.area.links_fd)):
-                node.kind = Kind.RECORD
-            else:
-                self.set_own(node, Kind.OWN, info.st_ino)
+        if key not in self.groups:
+            node = Node(number, Kind.TEMPLATE, number, template, leader, group=True)
+            self.register(node)
+            return node
+        info = os.lstat(key, dir_fd=self.area.links_fd)
+        known = self._by_backing.get(info.st_ino)
+        if known is not None:
+            return known
+        # A dead node of that number is what readers keep, see ``split``.
+        free = number if node is None else private_number(info.st_ino)
+        node = Node(free, Kind.RECORD, number, template, leader, group=True)
+        if not (stat.S_ISLNK(info.st_mode) and magic.is_magic(os.readlink(key, dir_fd=self.area.links_fd))):
+            self.set_own(node, Kind.OWN, info.st_ino)
         self.register(node)
         return node
 
@@ -559,3 +565,11 @@ class Nodes:
 def private_number(backing: int) -> int:
     """Node and inode number of an object that has the inode number ``backing`` in the private area's file system."""
     return backing if backing < INO_START else backing + PRIVATE_SHIFT
+
+
+def check_name(name: bytes) -> None:
+    """Refuse what is no single component: ``ENAMETOOLONG``, and ``EINVAL`` for what the kernel never asks for."""
+    if len(name) > NAME_MAX:
+        raise OSError(errno.ENAMETOOLONG, "name too long", name)
+    if name in _NO_NAMES or b"/" in name:
+        raise OSError(errno.EINVAL, "no name in a directory", name)

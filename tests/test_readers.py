@@ -1,0 +1,103 @@
+"""What open readers of a template file see when it is copied up, under each rule that a tree offers its engine."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vzfs import Store
+from vzfs.tree.node import Readers
+from vzfs.tree.tree import Changes, Tree
+
+OLD, NEW = b"template's data", b"container's data"
+OpenTree = Callable[[Readers], Tree]
+
+
+@pytest.fixture
+def open_tree(tmp_path: Path) -> OpenTree:
+    source = tmp_path / "source"
+    (source / "d").mkdir(parents=True)
+    (source / "d/f").write_bytes(OLD)
+    (source / "d/g").write_bytes(OLD)
+    os.link(source / "d/g", source / "d/h")
+    store = Store(tmp_path / "store")
+    store.create_template("t", str(source))
+    container = store.create(101, template="t")
+    return lambda readers: Tree(store.layout, container.path, readers=readers)
+
+
+def number_of(tree: Tree, name: bytes) -> int:
+    directory = tree.lookup(1, b"d")
+    assert directory is not None
+    entry = tree.lookup(directory.number, name)
+    assert entry is not None
+    return entry.number
+
+
+@pytest.mark.parametrize("name", [b"f", b"g"])
+def test_shared_readers_see_the_copy(open_tree: OpenTree, name: bytes) -> None:
+    tree = open_tree(Readers.SHARE)
+    number = number_of(tree, name)
+    reader = tree.open(number, os.O_RDONLY)
+    writer = tree.open(number, os.O_WRONLY)
+    os.pwrite(writer.fd, NEW, 0)
+    assert os.pread(reader.fd, 100, 0) == NEW
+    assert number_of(tree, name) == number
+    tree.close()
+
+
+@pytest.mark.parametrize("name", [b"f", b"g"])
+def test_kept_readers_keep_the_template(open_tree: OpenTree, name: bytes) -> None:
+    tree = open_tree(Readers.KEEP)
+    number = number_of(tree, name)
+    before = tree.getattr(number)
+    reader = tree.open(number, os.O_RDONLY)
+    with pytest.raises(OSError) as refusal:
+        tree.open(number, os.O_WRONLY)
+    assert refusal.value.errno == errno.ESTALE
+
+    copy = number_of(tree, name)
+    assert copy != number
+    assert tree.getattr(copy).ino == before.ino
+    writer = tree.open(copy, os.O_WRONLY)
+    os.pwrite(writer.fd, NEW, 0)
+    assert os.pread(reader.fd, 100, 0) == OLD
+    assert tree.getattr(number) == before
+    late = tree.open(copy, os.O_RDONLY)
+    assert os.pread(late.fd, 100, 0) == NEW
+
+    tree.release(reader.number)
+    tree.forget(number, 1)
+    assert number_of(tree, name) == copy
+    tree.close()
+
+    tree = open_tree(Readers.KEEP)
+    assert number_of(tree, name) == number
+    assert tree.getattr(number).size == len(NEW)
+    tree.close()
+
+
+def test_truncation_past_kept_readers_asks_to_look_again(open_tree: OpenTree) -> None:
+    tree = open_tree(Readers.KEEP)
+    number = number_of(tree, b"f")
+    reader = tree.open(number, os.O_RDONLY)
+    with pytest.raises(OSError) as refusal:
+        tree.setattr(number, Changes(size=3))
+    assert refusal.value.errno == errno.ESTALE
+    copy = number_of(tree, b"f")
+    assert tree.setattr(copy, Changes(size=3)).size == 3
+    assert os.pread(reader.fd, 100, 0) == OLD
+    tree.close()
+
+
+def test_without_readers_nothing_is_split(open_tree: OpenTree) -> None:
+    tree = open_tree(Readers.KEEP)
+    number = number_of(tree, b"f")
+    writer = tree.open(number, os.O_WRONLY)
+    os.pwrite(writer.fd, NEW, 0)
+    assert number_of(tree, b"f") == number
+    tree.close()
