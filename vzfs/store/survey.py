@@ -311,7 +311,7 @@ class Survey:
     ``moved``: the first place, away from its default one, of each entry that has such; ``extra``: its further ones.
     ``missing``: entries that are not at their default place although the directory of that is there, a real one.
     ``real``: the real directory that each unfolded template directory became.
-    ``group_names``: how many magic links in real directories mean each link group that has a record.
+    ``group_names``: how many magic links in real directories mean each link group, by the number of its leader.
     """
 
     def __init__(self, container: Path, templates: Templates, os_template: OpenTemplate | None) -> None:
@@ -322,7 +322,7 @@ class Survey:
         self.extra: dict[int, list[Spot]] = {}
         self.missing: set[int] = set()
         self.real: dict[int, Folder] = {}
-        self.group_names: Counter[bytes] = Counter()
+        self.group_names: Counter[int] = Counter()
 
     def read(self, root_fd: int, visit: Visit | None = None) -> None:
         """Walk the private area ``root_fd``."""
@@ -370,10 +370,8 @@ class Survey:
         if number < 0:
             return child
         assert thing.template is not None
-        if thing.form is Form.LINK and not thing.is_folded():
-            key = thing.template.group_key(thing.entry)
-            if key in self.groups:
-                self.group_names[key] += 1
+        if thing.in_group(self.groups):
+            self.group_names[number - thing.entry + thing.template.index.leader[thing.entry]] += 1
         spot = Spot(folder, name)
         if child is not None:
             if number in self.real:  # a second one: the first one is the template's directory
@@ -407,6 +405,11 @@ class Survey:
                 return True
             entry = parent
         return True
+
+    def names_of(self, template: OpenTemplate, leader: int) -> int:
+        """How many names a link group has in the container."""
+        folded = sum(self.in_folded(template, entry) for entry in template.index.members(leader))
+        return self.group_names[template.base + leader] + folded
 
     def in_folded(self, template: OpenTemplate, entry: int) -> bool:
         """Whether the entry is there as a part of a folded directory."""

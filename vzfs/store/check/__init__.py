@@ -14,7 +14,7 @@ container's folder, as it is; only what was staged or unlinked when a mount died
     duplicate-origin   two things copied up from one entry, or one beside a link to it: one of them forgets it.
     bad-record         a ``trusted.vzfs`` attribute that can't be meant. Removed, its value told.
     folds              a directory lacks the mark that it holds folded ones. Set.
-    link-count         a link group's record has another number of names than there are. Set.
+    link-count         a link group has another number of names than its record or the template says. Set.
     orphan-group       a record without any name. To lost+found.
 
 Paths are relative to the container's folder. Time and memory follow what was unfolded, not what the template has.
@@ -30,7 +30,7 @@ from pathlib import Path
 from vzfs.store.check.finding import LOST_AND_FOUND, Finding, Report, mend
 from vzfs.store.check.folders import check_conf, check_folders, check_remains
 from vzfs.store.check.ground import Ground
-from vzfs.store.check.groups import check_records
+from vzfs.store.check.groups import check_records, check_unrecorded
 from vzfs.store.check.places import NameChecker, check_places
 from vzfs.store.layout import Layout
 from vzfs.store.lock import Holder, Lock
@@ -78,7 +78,7 @@ def _examine(ground: Ground, *, one_thing_at_a_time: bool = False) -> list[Findi
     survey = Survey(ground.path, ground.templates, ground.templates.get(known[0]) if known else None)
     names = NameChecker(ground, report, survey.groups)
     survey.read(ground.root_fd, names.visit)
-    for check in (check_places, check_records):
+    for check in (check_places, check_records, check_unrecorded):
         if one_thing_at_a_time and report.mendable:
             break
         check(ground, report, survey)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from vzfs.store import sys
 from vzfs.store.layout import OWN_FOLDER_MODE
 from vzfs.store.problem import Problem
+from vzfs.store.template import printable
 
 LOST_AND_FOUND = "lost+found"
 """Where repairs put what they must not delete, in the container's folder."""
@@ -81,7 +82,7 @@ class LostAndFound:
                 sys.renameat2(dir_fd, name, folder, free, sys.RENAME_NOREPLACE)
             except FileExistsError:
                 continue
-            return f"moved to {LOST_AND_FOUND}/{os.fsencode(free).decode('ascii', 'backslashreplace')}"
+            return f"moved to {LOST_AND_FOUND}/{printable(free)}"
 
     def _folder(self) -> int:
         if self._fd < 0:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable
 
 from vzfs.store import magic, sys
-from vzfs.store.check.finding import Report
+from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.layout import ATTR_XATTR, COW, LINKS, NLINK_XATTR, RESERVED_PREFIX, STAGE
 from vzfs.store.opened import OpenTemplate
@@ -35,6 +35,41 @@ def check_records(ground: Ground, report: Report, survey: Survey) -> None:
             report(path, "dangling", "record for an entry that the template doesn't have", lose)
         else:
             _Record(ground, report, survey, template, leader).check(path)
+
+
+def check_unrecorded(ground: Ground, report: Report, survey: Survey) -> None:
+    """A link group of the template without a record has the names that the template has."""
+    for template, leader in sorted(_disturbed(survey), key=lambda group: group[0].base + group[1]):
+        key = template.group_key(leader)
+        names, expected = survey.names_of(template, leader), template.index.attributes(leader).nlink
+        if key in survey.groups or names in (0, expected):
+            continue
+        detail = f"the template's /{printable(template.index.path(leader))} has {names} names, but no record says so"
+        path = os.fsencode(COW) + b"/" + LINKS + b"/" + key
+        report(path, "link-count", detail, _record_names(ground, template, leader, names))
+
+
+def _record_names(ground: Ground, template: OpenTemplate, leader: int, names: int) -> Mend:
+    def mend() -> str:
+        make_record(ground, template, leader, [], names)
+        return "recorded"
+
+    return mend
+
+
+def _disturbed(survey: Survey) -> set[tuple[OpenTemplate, int]]:
+    """Link groups with a name that is elsewhere or nowhere: only these can have another number of names."""
+    found = set()
+    gone = [survey.templates.of(number) for number in {*survey.moved, *survey.missing}]
+    while gone:
+        template, entry = gone.pop()
+        index = template.index
+        if index.is_directory(entry):
+            if not survey.is_there(template, entry):
+                gone.extend((template, child) for child in index.children(entry))
+        elif index.next_link[entry] != entry:
+            found.add((template, index.leader[entry]))
+    return found
 
 
 def parse_key(key: bytes) -> tuple[str, int] | None:
@@ -73,7 +108,7 @@ class _Record:
         if fault:
             self._report(path, "malformed", fault, lose)
             return
-        names = self._count_names()
+        names = self._survey.names_of(self._template, self._leader)
         if not names:
             shown = printable(self._template.index.path(self._leader))
             self._report(path, "orphan-group", f"changes to the template's /{shown}, which has no name left", lose)
@@ -102,11 +137,6 @@ class _Record:
             return False
         entry = self._template.index.find_path(link.path)
         return entry is not None and self._template.group_key(entry) == self._key
-
-    def _count_names(self) -> int:
-        members = self._template.index.members(self._leader)
-        folded = sum(self._survey.in_folded(self._template, entry) for entry in members)
-        return self._survey.group_names[self._key] + folded
 
 
 def is_record(value: bytes) -> bool:

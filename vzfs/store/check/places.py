@@ -60,8 +60,8 @@ class NameChecker:
 
     def _check_mark(self, folder: Folder, dir_fd: int) -> None:
         """A directory that holds folded ones is told by the template's link count or by ``FOLDS_XATTR``."""
-        if folder is self._marked:
-            return
+        if folder is self._marked or (folder.parent is None and folder.template is None):
+            return  # told already, or a root that nobody knows the template of
         self._marked = folder
         if folder.template is not None and folder.template.index.attributes(folder.entry).nlink > 2:
             return
