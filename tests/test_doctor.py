@@ -131,7 +131,7 @@ def test_a_file_system_without_attributes_is_no_place_for_a_store(ramfs: Path) -
 
 @pytest.fixture
 def nodev(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "no dev"
+    place = tmp_path / "no dev\x0b\u2028\n"  # white space to Python, but not to the kernel
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "nodev,size=4m,nr_inodes=50", "none", str(place)], check=True)
     yield place

@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import resource
 import shutil
 import stat
@@ -281,12 +280,12 @@ def _scratch(place: Path) -> Iterator[Path]:
 
 def _file_system(place: Path) -> str:
     """Type of the file system below ``place``: of the longest mount point that holds it, the latest if mounted over."""
+    from vzfs.fuse.mount import mount_table
+
     best, kind = "", "an unknown file system"
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")  # proc_pid_mountinfo(5): 4 the mount point, then options up to a dash, then the type
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-        if (place == Path(point) or Path(point) in place.parents) and len(point) >= len(best):
-            best, kind = point, fields[fields.index("-") + 1]
+    for entry in mount_table():
+        if place.is_relative_to(entry.mountpoint) and len(entry.mountpoint) >= len(best):
+            best, kind = entry.mountpoint, entry.fstype
     return kind
 
 
