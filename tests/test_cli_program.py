@@ -393,3 +393,18 @@ def test_tables_and_progress_on_a_terminal(root: Path, source: Path) -> None:
     assert code == 0
     assert "small" in shown
     assert "─" in shown
+
+
+def test_sigterm_leaves_nothing_of_a_template_that_was_being_made(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    command = [sys.executable, "-m", "vzfs", "--root", str(root), "template", "create", "t", "--from", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        work = root / "template/.vzfs"
+        while not (work.is_dir() and any(name.startswith(".new-t-") for name in os.listdir(work))):
+            time.sleep(0.01)
+        process.terminate()
+        assert process.stderr is not None
+        assert b"interrupted" in process.stderr.read()
+    assert process.returncode == 130
+    assert os.listdir(work) == []
+    assert os.listdir(root / "template") == [".vzfs"]

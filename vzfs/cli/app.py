@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -33,6 +35,8 @@ class Program(Group):
         ``standalone_mode`` is there for click's callers; this always ends the process (``SystemExit``).
         """
         given = list(sys.argv[1:] if args is None else args)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         try:
             outcome = super().main(given, prog_name or PROGRAM, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -56,6 +60,11 @@ class Program(Group):
     def invoke(self, ctx: click.Context) -> Any:
         with _noticing_closed_output():
             return super().invoke(ctx)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """On SIGTERM as on SIGINT: what is half done is undone, what was started is ended."""
+    raise KeyboardInterrupt
 
 
 class OutputClosedError(Exception):
