@@ -310,8 +310,9 @@ def what_differs(old: Item, new: Item) -> set[str]:
     """The words of ``Change.what`` for two items."""
     if old.type != new.type:
         return {"type"}
+    word = {"symlink": "target", "char": "device", "block": "device"}.get(new.type, "content")
     same = {
-        "content": old.content == new.content,
+        word: old.content == new.content,
         "mode": old.mode == new.mode,
         "owner": old.owner == new.owner,
         "times": old.mtime_ns == new.mtime_ns,
