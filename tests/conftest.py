@@ -79,7 +79,7 @@ def _make_files(top: Path) -> None:
     _put(top / "etc/conf.d/a.conf", b"a=1\n")
     _put(top / "etc/conf.d/b.conf", b"b=2\n")
     _put(top / "etc/with-acl", b"acl\n")
-    _put(top / "lib/large", bytes(range(256)) * (LARGE_SIZE // 256) + b"end", 0o755)
+    _put(top / "lib/large", (bytes(range(256)) * (LARGE_SIZE // 256 + 1))[:LARGE_SIZE], 0o755)
     _put(top / "lib/deep/er/est/file", b"deep\n")
     _put(top / "lib/deep/er/other", b"other\n")
     for package in ("one", "two"):

@@ -591,7 +591,7 @@ class Pair:
     """The plain file system and vzfs; ``start_ns`` is when the comparison began.
 
     Inodes of the plain side are pinned by descriptors, so that their numbers are not given out again and each stands
-    for one identity; ``_inodes`` has what vzfs calls each of them, ``_mtimes`` the last seen modification times of both.
+    for one identity; ``_inodes`` has what vzfs calls each of them, ``_mtimes`` the last modification times seen.
     """
 
     def __init__(self, plain: PosixFs, ours: FileSystem) -> None:

@@ -416,7 +416,7 @@ class SideBySide(RuleBasedStateMachine):
     def name_too_long(self, which: int, call: str) -> None:
         folder = self._one(which, stat.S_ISDIR)
         path = folder + b"/" + b"n" * 256
-        arguments = {"mkdir": (path, 0o755), "symlink": (b"x", path)}.get(call, (b"bin/tool", path))
+        arguments = {"mkdir": (path, 0o755), "symlink": (b"x", path)}.get(call, (self._one(which), path))
         self._do(call, *arguments, touch=(folder,))
 
     @rule()
