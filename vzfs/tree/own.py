@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from vzfs.tree.area import PrivateArea, Sync
 from vzfs.tree.node import Kind, Node, Readers
 from vzfs.tree.nodes import Nodes
 from vzfs.tree.times import unchanged_times
+
+log = logging.getLogger(__name__)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
@@ -57,15 +60,17 @@ class Owner:
 
     def commit_directory(self, node: Node, staged: bytes) -> None:
         """Swap the staged directory in for the magic link of the folded ``node``."""
-        with unchanged_times(self._nodes.path(self._nodes.parent(node))):
+        parent = self._nodes.parent(node)
+        backing = os.lstat(staged, dir_fd=self._area.stage_fd).st_ino
+        with unchanged_times(self._nodes.path(parent)):
             folder, name = self._nodes.location(node)
             sys.renameat2(self._area.stage_fd, staged, folder, name, sys.RENAME_EXCHANGE)
             step("unfold:swapped")
-        os.unlink(staged, dir_fd=self._area.stage_fd)  # the magic link that came back
-        parent = self._nodes.parent(node)
         if parent.folded_children:
             parent.folded_children -= 1
-        self._nodes.unfolded(node, os.lstat(name, dir_fd=folder).st_ino)
+        self._nodes.unfolded(node, backing)
+        with _best_effort("remove the magic link that came back"):
+            os.unlink(staged, dir_fd=self._area.stage_fd)
 
     @contextlib.contextmanager
     def folder_like(self, folder: int) -> Iterator[int]:
@@ -77,13 +82,16 @@ class Owner:
             return
         name = self._area.stage_name()
         os.mkdir(name, OWN_FOLDER_MODE, dir_fd=self._area.stage_fd)
-        fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._area.stage_fd)
-        try:
+        with contextlib.ExitStack() as cleaning:
+            cleaning.callback(self._clear_stage, name)
+            fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._area.stage_fd)
+            cleaning.callback(os.close, fd)
             os.setxattr(fd, ACL_XATTRS[1], acl)
             yield fd
-        finally:
-            os.close(fd)
-            self.discard_stage(name)
+
+    def _clear_stage(self, staged: bytes) -> None:
+        with _best_effort("clear the stage"):
+            self.discard_stage(staged)
 
     def mark_folds(self, directory: Node) -> None:
         """Say on disk that a real directory is about to hold a folded one."""
@@ -130,26 +138,43 @@ class Owner:
         attributes, xattrs = self._nodes.attributes(node), self.xattrs(node)
         os.setxattr(path, ORIGIN_XATTR, template.origin(node.entry), follow_symlinks=False)
         apply_attributes(path, attributes if mtime_ns is None else attributes._replace(mtime_ns=mtime_ns), xattrs)
-        step("copy-up:staged")
+        backing = os.lstat(staged, dir_fd=stage).st_ino
+        keep_readers = node.handles is not None and not node.dead and self._readers is Readers.KEEP
+        with contextlib.ExitStack() as cleaning:
+            fds = [] if keep_readers else self._for_handles(node, staged, cleaning)
+            step("copy-up:staged")
+            self._place_copy(node, staged, attributes.nlink)
+            if keep_readers:
+                node.last = attributes
+                self._nodes.split(node, backing)
+                return
+            self._nodes.set_own(node, Kind.OWN, backing)
+            self._nodes.register(node)
+            for handle, fd in zip(node.handles or (), fds, strict=True):
+                os.dup2(fd, handle.fd, inheritable=False)
+
+    def _place_copy(self, node: Node, staged: bytes, nlink: int) -> None:
+        """Put the finished copy in the place of what stood for the node."""
+        stage = self._area.stage_fd
         if node.dead:
-            node.orphan = b"%d" % node.number
-            os.rename(staged, node.orphan, src_dir_fd=stage, dst_dir_fd=self._area.orphans_fd)
+            orphan = b"%d" % node.number
+            os.rename(staged, orphan, src_dir_fd=stage, dst_dir_fd=self._area.orphans_fd)
+            node.orphan = orphan
         elif node.group:
-            self._place_record(node, staged, attributes.nlink)
+            self._place_record(node, staged, nlink)
         else:
             with unchanged_times(self._nodes.path(self._nodes.parent(node))):
                 folder, name = self._nodes.location(node)
                 os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
                 step("copy-up:renamed")
-        folder, name = self._nodes.location(node)
-        backing = os.lstat(name, dir_fd=folder).st_ino
-        if node.handles and not node.dead and self._readers is Readers.KEEP:
-            node.last = attributes
-            self._nodes.split(node, backing)
-            return
-        self._nodes.set_own(node, Kind.OWN, backing)
-        self._nodes.register(node)
-        self._repoint_handles(node, folder, name)
+
+    def _for_handles(self, node: Node, staged: bytes, cleaning: contextlib.ExitStack) -> list[int]:
+        """Descriptors of the copy: who has the file open already shall see it, as on any other file system."""
+        fds = []
+        for _ in node.handles or ():
+            fds.append(os.open(staged, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._area.stage_fd))
+            cleaning.callback(os.close, fds[-1])
+        return fds
 
     def flush_place(self, node: Node) -> Callable[[], None] | None:
         """With ``Sync.FULL``, what flushes the directory in which the node just changed; to be run without the lock."""
@@ -164,16 +189,6 @@ class Owner:
                 os.close(fd)
 
         return flush
-
-    @staticmethod
-    def _repoint_handles(node: Node, folder: int, name: bytes) -> None:
-        """Let the files that are open already see the copy, as they would on any other file system."""
-        for handle in node.handles or ():
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                os.dup2(fd, handle.fd, inheritable=False)
-            finally:
-                os.close(fd)
 
     # --------------------------------------------------------------------------------------------------- attributes
 
@@ -266,11 +281,6 @@ class Owner:
             raise
         self._nodes.leave_place(node)
 
-    def begin_counting(self, node: Node) -> None:
-        """Note how many names the link group has before it loses one: if we die then, ``check`` sees it missing."""
-        if node.kind is Kind.TEMPLATE:
-            self._make_record(node, Record(), None, self._nodes.group_nlink(node))
-
     def change_group_nlink(self, node: Node, difference: int) -> int:
         """Count names of the node's link group that came (or, negative, went); gives the new count."""
         nlink = self._nodes.group_nlink(node) + difference
@@ -285,11 +295,13 @@ class Owner:
         """The last name of the group is gone: remove its record, or keep it as an orphan while it is known."""
         assert node.template is not None
         key = node.template.group_key(node.entry)
-        if node.known and node.kind is Kind.OWN:
-            node.orphan = b"%d" % node.number
-            os.rename(key, node.orphan, src_dir_fd=self._area.links_fd, dst_dir_fd=self._area.orphans_fd)
-        else:
-            os.unlink(key, dir_fd=self._area.links_fd)
+        with _best_effort("remove a link group's record"):
+            if node.known and node.kind is Kind.OWN:
+                orphan = b"%d" % node.number
+                os.rename(key, orphan, src_dir_fd=self._area.links_fd, dst_dir_fd=self._area.orphans_fd)
+                node.orphan = orphan
+            else:
+                os.unlink(key, dir_fd=self._area.links_fd)
         step("link-group:ended")
         self._nodes.groups.discard(key)
 
@@ -312,9 +324,24 @@ class Owner:
         step("orphan:linked")
         node.orphan = orphan
 
+    def leave_orphans(self, node: Node) -> None:
+        """Undo ``link_to_orphans``: the node keeps its name."""
+        orphan, node.orphan = node.orphan, b""
+        with _best_effort("remove an orphan's name"):
+            os.unlink(orphan, dir_fd=self._area.orphans_fd)
+
     def discard_stage(self, staged: bytes) -> None:
         """Remove what was staged in vain."""
         sys.remove_tree(self._area.stage_fd, staged)
+
+
+@contextlib.contextmanager
+def _best_effort(what: str) -> Iterator[None]:
+    """For what comes after a change that is done: it can't fail any more. What is left over, ``check`` finds."""
+    try:
+        yield
+    except OSError:
+        log.exception("can't %s", what)
 
 
 def no_space(error: OSError) -> bool:

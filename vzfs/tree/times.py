@@ -9,8 +9,11 @@ directory sets them.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
 
 TIMES_XATTR = "trusted.vzfs.times"
 """On a directory in which something is just being replaced: access and modification time in ns since 1970."""
@@ -25,8 +28,11 @@ def unchanged_times(path: bytes) -> Iterator[None]:
     try:
         yield
     finally:
-        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns), follow_symlinks=False)
-        os.removexattr(path, TIMES_XATTR, follow_symlinks=False)
+        try:
+            os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns), follow_symlinks=False)
+            os.removexattr(path, TIMES_XATTR, follow_symlinks=False)
+        except OSError:  # what was done meanwhile is done
+            log.exception("can't set back the times of a directory; the next mount does")
 
 
 def restore_times(path: bytes) -> None:

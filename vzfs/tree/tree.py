@@ -34,7 +34,7 @@ from vzfs.store.record import Record
 from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.listing import Listing
 from vzfs.tree.node import Entry, Handle, Kind, Node, Readers
-from vzfs.tree.nodes import NAME_MAX, Nodes
+from vzfs.tree.nodes import Nodes, check_name
 from vzfs.tree.own import ACL_XATTRS, Owner, no_space
 
 log = logging.getLogger(__name__)
@@ -375,7 +375,7 @@ class Tree:
         return self._make(parent, name, caller, lambda fd, name: make_own_link(fd, name, target))[1]
 
     def _make(self, parent: int, name: bytes, caller: Caller, make: Callable[[int, bytes], Made]) -> tuple[Made, Entry]:
-        self._check_length(name)
+        check_name(name)
         self._own_directory(parent)
         with self._lock:
             return self._make_in(self._living_directory(parent), name, caller, make)
@@ -408,11 +408,6 @@ class Tree:
                 raise
         return made, self._adopt(directory, fd, name)
 
-    @staticmethod
-    def _check_length(name: bytes) -> None:
-        if len(name) > NAME_MAX:
-            raise OSError(errno.ENAMETOOLONG, "name too long", name)
-
     def _adopt(self, directory: Node, fd: int, name: bytes) -> Entry:
         """Give the just made ``name`` a node; if that fails, it is unmade."""
         try:
@@ -425,7 +420,7 @@ class Tree:
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Handle, Entry]:
         """Make a regular file and open it, or open it if it is there and ``flags`` don't have ``O_EXCL``."""
-        self._check_length(name)
+        check_name(name)
         self._own_directory(parent)
         with self._lock:
             directory = self._living_directory(parent)
@@ -449,7 +444,7 @@ class Tree:
 
     def link(self, number: int, parent: int, name: bytes) -> Entry:
         """Make ``name`` one more hard link to the node."""
-        self._check_length(name)
+        check_name(name)
         self._own_directory(parent)
         with self._lock:
             node = self._nodes.get(number)
@@ -503,14 +498,15 @@ class Tree:
             last = self._loses_last_name(node)
             keep = self._must_keep(node, directory, name, last=last)
             fd = self._nodes.directory_fd(directory)
-            step("unlink:before")
-            if keep and last:
-                self._owner.move_to_orphans(node, fd, name)
-            else:
-                if keep:
-                    self._owner.link_to_orphans(node, fd, name)
-                os.unlink(name, dir_fd=fd)
-            step("unlink:done")
+            with self._losing_name(node):
+                step("unlink:before")
+                if keep and last:
+                    self._owner.move_to_orphans(node, fd, name)
+                else:
+                    if keep:
+                        self._owner.link_to_orphans(node, fd, name)
+                    os.unlink(name, dir_fd=fd)
+                step("unlink:done")
             self._after_losing_name(node, directory, name, last=last)
 
     def _existing(self, directory: Node, name: bytes) -> Node:
@@ -529,22 +525,33 @@ class Tree:
 
     def _loses_last_name(self, node: Node) -> bool:
         """Whether the node, about to lose a name, has only that; then its attributes without it are noted."""
-        if node.group:
-            self._owner.begin_counting(node)
         now = self._nodes.attributes(node)
         last = now.nlink <= 1 or node.is_directory
         if last:
             node.last = now._replace(nlink=0)
         return last
 
-    def _after_losing_name(self, node: Node, directory: Node, name: bytes, *, last: bool) -> None:
+    @contextlib.contextmanager
+    def _losing_name(self, node: Node) -> Iterator[None]:
+        """Around what takes a name of the node away: its link group is counted before, and again if that fails."""
+        orphan = node.orphan
         if node.group:
-            if self._owner.change_group_nlink(node, -1) <= 0:
-                self._owner.end_group(node)
-                self._nodes.bury(node)
-        elif last:
+            self._owner.change_group_nlink(node, -1)
+        try:
+            yield
+        except BaseException:
+            if node.group:
+                self._owner.change_group_nlink(node, +1)
+            if node.orphan != orphan:
+                self._owner.leave_orphans(node)
+            raise
+
+    def _after_losing_name(self, node: Node, directory: Node, name: bytes, *, last: bool) -> None:
+        if node.group and last:
+            self._owner.end_group(node)
+        if last:
             self._nodes.bury(node)
-        else:
+        elif not node.group:
             self._nodes.remove_name(node, directory, name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -584,7 +591,7 @@ class Tree:
         """rename(2) with the flags of renameat2(2)."""
         if flags & ~(sys.RENAME_NOREPLACE | sys.RENAME_EXCHANGE | sys.RENAME_WHITEOUT):
             raise OSError(errno.EINVAL, "unknown rename flags")
-        self._check_length(new_name)
+        check_name(new_name)
         self._own_directory(old_parent)
         self._own_directory(new_parent)
         with self._lock:
@@ -648,11 +655,13 @@ class Tree:
         if exchange and target is not None:
             self._change_ctime(target)
         source_fd, target_fd = self._nodes.directory_fd(source_dir), self._nodes.directory_fd(target_dir)
-        if target is not None and not exchange and self._must_keep(target, target_dir, new_name, last=last):
-            self._owner.link_to_orphans(target, target_fd, new_name)
-        step("rename:before")
-        sys.renameat2(source_fd, old_name, target_fd, new_name, flags)
-        step("rename:done")
+        keep = target is not None and not exchange and self._must_keep(target, target_dir, new_name, last=last)
+        with self._losing_name(target) if target is not None and not exchange else contextlib.nullcontext():
+            if keep and target is not None:
+                self._owner.link_to_orphans(target, target_fd, new_name)
+            step("rename:before")
+            sys.renameat2(source_fd, old_name, target_fd, new_name, flags)
+            step("rename:done")
         if source.kind is Kind.FOLDED:
             self._count_folded(source_dir, -1)
             self._count_folded(target_dir, +1)
