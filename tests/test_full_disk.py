@@ -32,6 +32,7 @@ from tests.realuse_helpers import (
     small_tree,
     unmount_below,
     vzfs,
+    wait_for,
 )
 from vzfs import Container, FullError
 
@@ -253,6 +254,7 @@ def test_a_writer_is_told_and_keeps_what_was_acknowledged(full: Rig) -> None:
     with container.mounted() as root:
         assert (root / "tmp/new").read_bytes()[:acknowledged] == expected
         os.unlink(root / "tmp/new")  # a full disk can be emptied
+        wait_for(lambda: os.statvfs(root).f_bavail * 4096 > 2 * MIB + 65536)
         (root / "tmp/again").write_bytes(b"x" * 2 * MIB)
 
 
@@ -369,7 +371,9 @@ def test_a_full_disk_can_be_mounted_and_emptied(full: Rig) -> None:
     filler.fill()
     with container.mounted() as root:
         assert container.status().mounted
+        before = os.statvfs(root).f_bfree
         os.unlink(root / "tmp/large")
+        wait_for(lambda: os.statvfs(root).f_bfree > before)  # when the kernel has forgotten the file
         (root / "tmp/small").write_text("works")
     first_time = full.store.container(102)
     filler.fill()
