@@ -204,7 +204,9 @@ class Engine(pyfuse3.Operations):
 
     @_guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._changing(parent_inode, self._tree.unlink, parent_inode, name)
+        freed = await self._changing(parent_inode, self._tree.unlink, parent_inode, name)
+        if freed is not None:
+            await self._in_thread(self._tree.free, freed)  # who removes a large file wants its space now
 
     @_guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:

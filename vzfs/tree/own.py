@@ -281,15 +281,22 @@ class Owner:
             raise
         self._nodes.leave_place(node)
 
-    def change_group_nlink(self, node: Node, difference: int) -> int:
-        """Count names of the node's link group that came (or, negative, went); gives the new count."""
-        nlink = self._nodes.group_nlink(node) + difference
+    def begin_counting(self, node: Node) -> None:
+        """Make sure that the count of the group's names can be changed without needing space, by making its record."""
         if node.kind is Kind.TEMPLATE:
-            self._make_record(node, Record(), None, nlink)
-        else:
-            os.setxattr(self._nodes.path(node), NLINK_XATTR, b"%d" % nlink, follow_symlinks=False)
+            self._make_record(node, Record(), None, self._nodes.group_nlink(node))
+
+    def change_group_nlink(self, node: Node, difference: int) -> None:
+        """Count names of the node's link group that are to come (or, negative, didn't)."""
+        self.begin_counting(node)
+        nlink = self._nodes.group_nlink(node) + difference
+        os.setxattr(self._nodes.path(node), NLINK_XATTR, b"%d" % nlink, follow_symlinks=False)
         step("link-group:counted")
-        return nlink
+
+    def count_lost_name(self, node: Node) -> None:
+        """Count a name of the link group that is gone."""
+        with _best_effort("count the names of a link group"):
+            self.change_group_nlink(node, -1)
 
     def end_group(self, node: Node) -> None:
         """The last name of the group is gone: remove its record, or keep it as an orphan while it is known."""

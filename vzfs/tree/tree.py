@@ -487,8 +487,12 @@ class Tree:
 
     # -------------------------------------------------------------------------------------------------------- removing
 
-    def unlink(self, parent: int, name: bytes) -> None:
-        """Remove a name of something that is no directory."""
+    def unlink(self, parent: int, name: bytes) -> int | None:
+        """Remove a name of something that is no directory.
+
+        Gives the number of a node whose much space should be given back at once, by ``free``, because nobody has it
+        open and the kernel forgets it in its own time.
+        """
         self._own_directory(parent)
         with self._lock:
             directory = self._living_directory(parent)
@@ -508,6 +512,17 @@ class Tree:
                     os.unlink(name, dir_fd=fd)
                 step("unlink:done")
             self._after_losing_name(node, directory, name, last=last)
+            much = node.orphan and not node.handles and node.last is not None and node.last.blocks * 512 > SLOW_COPY
+            return node.number if much else None
+
+    def free(self, number: int) -> None:
+        """Give back the space of an unlinked node unless somebody has it open; for large files this is long work."""
+        with self._lock:
+            node = self._nodes.registered(number)
+            if node is None or not node.dead or node.handles or not node.orphan:
+                return
+            orphan, node.orphan = node.orphan, b""
+        os.unlink(orphan, dir_fd=self._area.orphans_fd)
 
     def _existing(self, directory: Node, name: bytes) -> Node:
         node = self._nodes.child(directory, name)
@@ -533,18 +548,22 @@ class Tree:
 
     @contextlib.contextmanager
     def _losing_name(self, node: Node) -> Iterator[None]:
-        """Around what takes a name of the node away: its link group is counted before, and again if that fails."""
+        """Around what takes a name of the node away.
+
+        A link group is counted afterwards: dying in between leaves it counted too high, which keeps its data, while
+        counted too low it would be given up with a name still there.
+        """
         orphan = node.orphan
         if node.group:
-            self._owner.change_group_nlink(node, -1)
+            self._owner.begin_counting(node)
         try:
             yield
         except BaseException:
-            if node.group:
-                self._owner.change_group_nlink(node, +1)
             if node.orphan != orphan:
                 self._owner.leave_orphans(node)
             raise
+        if node.group:
+            self._owner.count_lost_name(node)
 
     def _after_losing_name(self, node: Node, directory: Node, name: bytes, *, last: bool) -> None:
         if node.group and last:
