@@ -816,7 +816,7 @@ TAMPERING: dict[str, tuple[Callable[[Path], object], set[tuple[str, str]]]] = {
         {("/bin/ping", "xattrs")},
     ),
     "missing": (_remove, {("/etc/empty", "missing")}),
-    "extra": (_add, {("/etc/zz\\x20new", "extra")}),
+    "extra": (_add, {("/etc/zz new", "extra")}),
     "link target": (_tamper_link, {("/etc/relative", "target")}),
     "hard link": (_tamper_hard_link, {("/usr/share/pair-b", "links")}),
     "device": (_tamper_device, {("/dev/null", "device")}),

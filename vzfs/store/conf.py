@@ -27,13 +27,13 @@ class Conf:
 
     def __init__(self, path: Path, text: str = "") -> None:
         self.path = path
-        self._lines = text.splitlines()
+        self._lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() knows a dozen other ends
 
     @staticmethod
     def load(path: Path) -> Conf:
         """Read the file at ``path``; raises ``DamagedError`` when it is no text, ``FileNotFoundError``."""
         try:
-            return Conf(path, path.read_text(encoding="utf-8", errors="surrogateescape"))
+            return Conf(path, path.read_bytes().decode("utf-8", "surrogateescape"))
         except (IsADirectoryError, NotADirectoryError) as error:
             raise DamagedError(
                 f"{path} is not a configuration file", remedy="put the container's conf there"
@@ -68,8 +68,8 @@ class Conf:
         """Write the file anew, in one step."""
         staged = self.path.with_name(f".{self.path.name}-{secrets.token_hex(4)}")
         try:
-            with open(staged, "x", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(self.text())
+            with open(staged, "xb") as file:
+                file.write(self.text().encode("utf-8", "surrogateescape"))
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(staged, self.path)

@@ -27,6 +27,8 @@ CtId = int | str | os.PathLike[str]
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,9}")
 _WORK_PREFIXES = (".new-", ".old-")
+_ABANDONED_S = 3600.0
+"""Age in seconds from which a work folder counts as abandoned: one takes milliseconds to make, minutes to remove."""
 
 
 def container_path(layout: Layout, ct: CtId) -> Path:
@@ -85,6 +87,7 @@ def create_container(
     if name is not None:
         _check_name(layout, name)
     layout.make()
+    _clear_work_folders(layout)
     opened = OpenTemplate(layout, template)
     staged = path.with_name(f".new-{path.name}-{secrets.token_hex(4)}")
     try:
@@ -178,12 +181,12 @@ def _remove(path: Path) -> None:
         os.close(parent)
 
 
-def clear_work_folders(layout: Layout, *, older_than_s: float = 3600.0) -> None:
-    """Remove what interrupted creations and destructions left in the store's folder."""
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(layout.containers):
-            path = layout.containers / name
-            if name.startswith(_WORK_PREFIXES) and time.time() - path.lstat().st_ctime > older_than_s:
+def _clear_work_folders(layout: Layout) -> None:
+    """Remove what creations and destructions left in the store's folder that were interrupted some time ago."""
+    for name in os.listdir(layout.containers):
+        path = layout.containers / name
+        with contextlib.suppress(OSError):  # another process removes it as well
+            if name.startswith(_WORK_PREFIXES) and time.time() - path.lstat().st_ctime > _ABANDONED_S:
                 _remove(path)
 
 

@@ -385,7 +385,7 @@ class Index:
             raise self._damaged("it is not a vzfs index")
         if version != VERSION:
             raise self._damaged(f"it has format version {version}, this vzfs reads {VERSION}")
-        raw = self._map[: _HEADER.size - 4] + b"\0" * (HEADER_SIZE - _HEADER.size + 4)
+        raw = self._map[: _HEADER.size - 4] + b"\0" * 4 + self._map[_HEADER.size : HEADER_SIZE]
         if zlib.crc32(raw) != crc or file_size != size or not self.count:
             raise self._damaged("its header is damaged or the file is cut short")
         view = memoryview(self._map)
@@ -408,8 +408,11 @@ class Index:
         self._slots = view[slots_at : slots_at + 4 * slot_count].cast("I")
         self._mask = slot_count - 1
         self.ino_base: int = ino_base
-        about = json.loads(self._map[meta_at : meta_at + meta_len])
-        self.meta = Meta(about["name"], about["source"], ino_base, created_ns, data_size)
+        try:
+            about = json.loads(self._map[meta_at : meta_at + meta_len])
+            self.meta = Meta(about["name"], about["source"], ino_base, created_ns, data_size)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged("what it says of its template is damaged") from error
 
     def _damaged(self, why: str) -> DamagedError:
         return DamagedError(f"{self._file} can't be used: {why}", remedy="create the template again from its source")

@@ -408,7 +408,7 @@ def verify_template(layout: Layout, name: str, progress: Progress = no_progress)
 
 def _verify_entry(root: int, index: Index, number: int, groups: dict[int, tuple[int, int]]) -> list[Problem]:
     path = index.path(number)
-    shown = "/" + printable(path)
+    shown = "/" + os.fsdecode(path)
     try:
         fd = sys.openat2(root, path or b".", os.O_PATH | os.O_NOFOLLOW)
     except OSError as error:
@@ -459,7 +459,7 @@ def _verify_content(root: int, fd: int, index: Index, number: int, path: bytes, 
         parent = sys.openat2(root, path or b".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             return [
-                Problem(f"{shown.rstrip('/')}/{printable(os.fsencode(name))}", "extra", "is not in the index")
+                Problem(f"{shown.rstrip('/')}/{name}", "extra", "is not in the index")
                 for name in os.listdir(parent)
                 if not index.find(number, os.fsencode(name))
             ]
