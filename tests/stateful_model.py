@@ -244,10 +244,14 @@ class TreeFs:
 
     def forget_all(self) -> None:
         """Forget every node that no descriptor needs."""
+        self.forget_some(1, 0)
+
+    def forget_some(self, each: int, first: int) -> None:
+        """Forget one in ``each`` of the nodes that no descriptor needs, the latest first, beyond ``first``."""
         pinned = {opened.number for opened in self._open.values()}
-        for number in list(self._known):
-            if number not in pinned:
-                self.tree.forget(number, self._known.pop(number))
+        known = [number for number in reversed(self._known) if number not in pinned]
+        for number in known[first % each :: each]:
+            self.tree.forget(number, self._known.pop(number))
 
     @contextlib.contextmanager
     def _operation(self) -> Iterator[None]:

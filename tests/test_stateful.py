@@ -67,7 +67,7 @@ class Ours(Protocol):
     fs: FileSystem
 
     def remount(self) -> None: ...
-    def forget(self) -> None: ...
+    def forget(self, each: int, first: int) -> None: ...
     def check(self) -> None: ...
     def close(self) -> None: ...
 
@@ -88,8 +88,8 @@ class OnTree:
         self.check()
         self.fs = self._open(eager=eager)
 
-    def forget(self) -> None:
-        self.fs.forget_all()
+    def forget(self, each: int, first: int) -> None:
+        self.fs.forget_some(each, first)
 
     def check(self) -> None:
         assert self._container.check() == []
@@ -112,8 +112,8 @@ class OnMount:
         self.check()
         self._container.mount(sync="none")
 
-    def forget(self) -> None:
-        drop_kernel_cache(self._where)
+    def forget(self, each: int, first: int) -> None:
+        drop_kernel_cache(self._where)  # the kernel decides what it forgets
 
     def check(self) -> None:
         assert self._container.check() == []
@@ -359,6 +359,27 @@ class SideBySide(RuleBasedStateMachine):
         path = self._one(which, lambda mode: not stat.S_ISLNK(mode))
         self._do("truncate", path, size, touch=(path,))
 
+    @rule(which=numbers, act=st.sampled_from(["unlink", "rename", "link", "write", "chmod", "keep"]), name=names)
+    def change_link_group(self, which: int, act: str, name: bytes | int) -> None:
+        """Something that concerns all names of a hard link group, by one of them."""
+        paths = [
+            path for path in self._paths(lambda mode: not stat.S_ISDIR(mode)) if self._pair.plain.lstat(path).nlink > 1
+        ]
+        if not paths:
+            return
+        path, other = paths[which % len(paths)], self._place(which, name)
+        self._touch(*paths)
+        if act in ("rename", "link"):
+            self._do(act, path, other, touch=(path, other))
+        elif act == "unlink":
+            self._do("unlink", path, touch=(path,))
+        elif act == "chmod" and not self._is(path, stat.S_ISLNK):
+            self._do("chmod", path, 0o640, touch=(path,))
+        elif self._is(path, stat.S_ISREG) and self._pair.keep_open(path, os.O_RDWR):
+            self._pair.do_open(-1, "pwrite", b"group", 0)
+            if act == "write" or self._pair.descriptor_count > MAX_DESCRIPTORS:
+                self._pair.close_descriptor(-1)
+
     @rule(which=numbers, mode=st.sampled_from(MODES))
     def chmod(self, which: int, mode: int) -> None:
         path = self._one(which, lambda mode: not stat.S_ISLNK(mode))
@@ -419,9 +440,9 @@ class SideBySide(RuleBasedStateMachine):
         arguments = {"mkdir": (path, 0o755), "symlink": (b"x", path)}.get(call, (self._one(which), path))
         self._do(call, *arguments, touch=(folder,))
 
-    @rule()
-    def forget(self) -> None:
-        self._ours.forget()
+    @rule(each=st.sampled_from([1, 1, 2, 3]), first=st.integers(0, 2))
+    def forget(self, each: int, first: int) -> None:
+        self._ours.forget(each, first)
 
     @rule()
     def remount(self) -> None:
