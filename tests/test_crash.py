@@ -428,6 +428,7 @@ def test_tree_killed_at_every_step(
         bench.judge(container, done, what)
         container.destroy()
     assert template_state(small_store) == template
+    assert small_store.template(SMALL).verify() == []
 
 
 # ----------------------------------------------------------------------------------------------------------- on a mount
@@ -476,3 +477,4 @@ def test_mount_killed_at_every_step(
         pytest.fail(f"dies at step {MOST_STEPS} still")
     assert deaths >= len(case.steps)
     assert template_state(small_store) == template
+    assert small_store.template(SMALL).verify() == []
