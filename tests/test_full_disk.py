@@ -201,7 +201,7 @@ def test_unfolding_on_a_full_disk(full: Rig) -> None:
     container, root = full.mounted()
     (root / "usr/lib/here").touch()
     filler = Filler(full)
-    filler.fill(leave=4096)
+    filler.fill()
     refused_and_unchanged(root, container)
     assert (area(container) / "usr/lib/deep").is_symlink()
     filler.free()
