@@ -55,8 +55,8 @@ _INO_ALIGN = 1 << 16
 _HOLES_MAX = 1 << 40
 """Bytes of holes in a file: an archive can claim any size, and digesting so much takes ten minutes."""
 _NEVER_READ_NS = 4_102_444_800 * 10**9
-"""Access time of a prepared link, the year 2100: so reading it, which every look-up in an unfolded directory does, writes
-no access time (``relatime``, mount(8)); that took a quarter of such a look-up."""
+"""Access time of a prepared link, the year 2100: so reading it, as each look-up in an unfolded directory does, writes
+none (``relatime``, mount(8)); that took a quarter of such a look-up."""
 _WORK = re.compile(r"\.(new|old)-(.+)-[0-9a-f]{8}")
 _ESCAPES = re.compile(rb"[^\x21-\x5b\x5d-\x7e]")
 
