@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import re
+import select
 import shutil
 import signal
 import stat
@@ -56,7 +57,7 @@ def run(*command: str | os.PathLike[str], **options: Any) -> str:
     return str(done.stdout)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until ``condition`` holds; it must, within ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -75,11 +76,20 @@ def expect(code: int, call: Callable[..., object], *arguments: object, **options
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs (a zombie doesn't)."""
+    """Whether any thread of the process runs, or still gives back what it held (a zombie does neither).
+
+    /proc/PID/stat tells of the first thread only, which may be a zombie while others hold descriptors and locks.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
         return False
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)  # readable when the last thread has closed everything (pidfd_open(2))
+        return not poll.poll(0)
+    finally:
+        os.close(pidfd)
 
 
 def in_child(work: Callable[..., object], *arguments: object) -> None:
