@@ -1,0 +1,239 @@
+"""The direct engine: one mount served on /dev/fuse itself, without libfuse, at the speed of the kernel's interface.
+
+A thread that sleeps in read(2) takes a request, answers it from the index or the tree and sleeps again; on its client's
+CPU that is a plain switch (``follow``). Reads and writes don't come here at all: the kernel does them on the backing files
+that an open hands to it (``backing``).
+
+Rules:
+- What takes long is done by a worker, which sends the answer itself; the serving thread never waits for the disk if it
+  can know that before.
+- No exception leaves a request: an ``OSError`` is answered with its errno, a malformed request with EINVAL, anything else
+  with EIO and a log entry that names the request.
+- Node numbers and handles mean the same to a successor of this process (``resume``): it asks the kernel for what was
+  read and not answered, and takes such a request that finds its work done for answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from vzfs.errors import UnsupportedError
+from vzfs.fuse import wire
+from vzfs.fuse.backing import BackingFiles
+from vzfs.fuse.device import Device, ended
+from vzfs.fuse.follow import EVERY, Follower
+from vzfs.fuse.handlers import Answer, Handlers, RawHeader
+from vzfs.fuse.resent import Resent
+from vzfs.fuse.state import BACKING, ERRORS, LAST_DONE, PAUSES, REQUESTS, SLOW, State
+from vzfs.fuse.wire import InitFlag, Opcode
+from vzfs.tree.tree import Tree
+
+log = logging.getLogger(__name__)
+
+MAX_WRITE = 1 << 20
+"""Bytes in one WRITE or READ of a file that passthrough is refused for: the most that the kernel sends by default."""
+THREADS = 16
+"""Requests that may wait for the disk at once."""
+STACK_DEPTH = 1
+"""Backing files lie on a plain file system; another one stacked on this mount is still allowed."""
+WANTED = (
+    InitFlag.ASYNC_READ
+    | InitFlag.ATOMIC_O_TRUNC
+    | InitFlag.BIG_WRITES
+    | InitFlag.DONT_MASK
+    | InitFlag.HAS_IOCTL_DIR
+    | InitFlag.AUTO_INVAL_DATA
+    | InitFlag.DO_READDIRPLUS
+    | InitFlag.ASYNC_DIO
+    | InitFlag.PARALLEL_DIROPS
+    | InitFlag.POSIX_ACL
+    | InitFlag.ABORT_ERROR
+    | InitFlag.MAX_PAGES
+    | InitFlag.CACHE_SYMLINKS
+    | InitFlag.NO_OPENDIR_SUPPORT
+    | InitFlag.HANDLE_KILLPRIV_V2
+    | InitFlag.SETXATTR_EXT
+    | InitFlag.INIT_EXT
+    | InitFlag.DIRECT_IO_ALLOW_MMAP
+    | InitFlag.PASSTHROUGH
+    | InitFlag.HAS_RESEND
+    | InitFlag.ALLOW_IDMAP
+)
+"""What is taken of what the kernel offers."""
+NEEDED = InitFlag.INIT_EXT | InitFlag.PASSTHROUGH
+"""Without these the portable engine does as well."""
+
+
+def negotiate(fd: int, state: State) -> None:
+    """Answer the kernel's INIT on the new mount's device ``fd``, and note in ``state`` what was agreed upon.
+
+    Raises ``UnsupportedError`` when the kernel offers no passthrough, or this process may not use it.
+    """
+    device = Device(fd, MAX_WRITE)
+    length = device.receive()
+    header = wire.header(device.buffer, length)
+    minor, offer, readahead = wire.offered(memoryview(device.buffer)[wire.IN_HEADER.size : length])
+    if offer & NEEDED != NEEDED:
+        raise UnsupportedError("this kernel offers no FUSE passthrough", remedy="Linux 6.9 does; or: --engine pyfuse3")
+    agreed = wire.Negotiated(min(minor, wire.MINOR), offer & WANTED, MAX_WRITE)
+    device.send(
+        wire.reply(header.unique, wire.init_out(agreed, readahead, max_background=64, stack_depth=STACK_DEPTH))
+    )
+    _try_passthrough(device)
+    state.agree(int(agreed.flags), agreed.minor, agreed.max_write)
+
+
+def _try_passthrough(device: Device) -> None:
+    """Raise ``UnsupportedError`` if this process may not register backing files at all."""
+    fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        device.close_backing(device.open_backing(fd))
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise UnsupportedError(
+                "FUSE passthrough needs CAP_SYS_ADMIN", remedy="run as root of the node; or: --engine pyfuse3"
+            ) from error
+        log.debug("this program's own files can't be passed through: %s", error)
+    finally:
+        os.close(fd)
+
+
+class Ended(Exception):
+    """The serving thread was told to end while it waited."""
+
+
+class Engine:
+    """Serves one mount whose device ``fd`` and ``state`` have been through ``negotiate``, here or in a predecessor."""
+
+    def __init__(self, tree: Tree, fd: int, state: State, *, busy_poll_us: int = 0) -> None:
+        self._tree = tree
+        self._words = state.words
+        self._device = Device(fd, state.max_write, busy_poll_us)
+        self._files = BackingFiles(self._device, state.words[BACKING:])
+        self._follower = Follower()
+        self._workers = ThreadPoolExecutor(THREADS, "vzfs-worker", self._follower.leave)
+        self._answer = Handlers(tree, self._files, self._words, self._later).table()
+        self._waiting = False
+        self._ending = False
+
+    def changed(self, number: int) -> None:
+        """To be called by the tree, under its lock, when the data of a node is another object's from now on, or gone."""
+        self._files.forget(number)
+
+    def resume(self) -> None:
+        """Take over from a predecessor: what it had registered, and what it had read and not answered."""
+        tree = self._tree
+        with tree.lock:
+            own = set()
+            for number, count in self._files.inherited():
+                if tree.is_own(number):
+                    own.add(number)
+                if count:
+                    tree.hold(number)
+            self._files.inherit(own=frozenset(own))
+        at_once = Handlers(tree, self._files, self._words, lambda _, function, *arguments: function(*arguments))
+        self._answer = Resent(tree, self._files, at_once, self._words[LAST_DONE]).table(self._answer)
+        self._device.send(wire.notification(wire.NOTIFY_RESEND))
+
+    def end(self) -> None:
+        """Stop serving soon; to be called by a signal handler in the serving thread, which must be the main one."""
+        self._ending = True
+        if self._waiting:
+            raise Ended
+
+    def run(self) -> None:
+        """Serve until the mount ends, or ``end`` is called."""
+        try:
+            self._serve()
+        except Ended:
+            pass
+        finally:
+            self._workers.shutdown(wait=True)
+
+    def _serve(self) -> None:
+        device, words, follower = self._device, self._words, self._follower
+        receive, buffer, view = device.receive, device.buffer, memoryview(device.buffer)
+        unpack, head = wire.IN_HEADER.unpack_from, wire.IN_HEADER.size
+        answers, known, clock = self._answer, wire.OPCODES, time.perf_counter_ns
+        served = 0
+        while not self._ending:
+            self._waiting = True
+            try:
+                length = receive()
+            except OSError as error:
+                if ended(error):
+                    return
+                continue
+            finally:
+                self._waiting = False
+            start = clock()
+            header = unpack(buffer)
+            opcode = header[1]
+            try:
+                if opcode >= known or header[0] != length:
+                    raise _unknown(header, length)
+                words[REQUESTS + opcode] += 1
+                answer = answers[opcode](header[3], view[head:length], header)
+            except Exception as error:  # noqa: BLE001
+                self._fail(header, error, length)
+            else:
+                if answer is not None:
+                    words[LAST_DONE] = header[2]
+                    self._send(header, answer)
+            words[PAUSES + (clock() - start).bit_length()] += 1
+            served += 1
+            if not served % EVERY and header[6]:
+                follower.look(header[6])
+
+    def _send(self, header: RawHeader, body: bytes | memoryview) -> None:
+        self._device.send(wire.reply(header[2], body))
+
+    def _later(self, header: RawHeader | None, function: Callable[..., Answer], *arguments: object) -> None:
+        """Let a worker do what takes long and answer with what it gives; without a header nobody waits for that."""
+        self._workers.submit(self._work, header, function, arguments)
+
+    def _work(self, header: RawHeader | None, function: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
+        start = time.perf_counter_ns()
+        try:
+            answer = function(*arguments)
+        except Exception as error:  # noqa: BLE001
+            self._fail(header, error, 0)
+        else:
+            if header is not None:
+                self._send(header, answer or b"")
+        self._words[SLOW + (time.perf_counter_ns() - start).bit_length()] += 1
+
+    def _fail(self, header: RawHeader | None, error: Exception, length: int) -> None:
+        """Answer a request with what went wrong; log what should not have happened."""
+        shown = "work" if header is None else _shown(header)
+        code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        if isinstance(error, wire.Malformed):
+            log.warning("%s of %d bytes: %s", shown, length, error)
+        elif not isinstance(error, OSError) or not error.errno:
+            log.error("%s failed", shown, exc_info=error)
+        elif code == errno.EIO:  # damage or a bad disk: the program that sees it may not say where
+            log.error("%s: %s", shown, error)
+        self._words[ERRORS] += 1
+        if header is not None and header[1] not in _UNANSWERED:
+            self._device.send(wire.failure(header[2], code))
+
+
+_UNANSWERED = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
+
+
+def _unknown(header: RawHeader, length: int) -> OSError:
+    if header[0] != length:
+        return wire.Malformed(f"it says {header[0]} bytes and has {length}")
+    return OSError(errno.ENOSYS, "an unknown request")
+
+
+def _shown(header: RawHeader) -> str:
+    """How the log names a request."""
+    opcode = header[1]
+    name = Opcode(opcode).name if opcode in set(Opcode) else f"opcode {opcode}"
+    return f"{name} of node {header[3]} by process {header[6]}"

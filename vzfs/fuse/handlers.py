@@ -1,0 +1,551 @@
+"""What the direct engine does for each request: from the protocol's fields to the tree's operations and back.
+
+Rules:
+- A handler gets the node number, the body and the whole header as a tuple (see ``wire.Header``) and gives the body of the
+  answer, or ``None`` when there is none or a worker will send it. It may raise ``OSError`` with the errno to answer.
+- What the index knows is answered by the index, without a system call; what takes long is done by a worker.
+- No state of an open file is kept in its handle: handle 0 is a file that the kernel reads and writes by itself, and a
+  successor of this process knows it by its node number. Other handles are the tree's, for files served by READ and WRITE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from vzfs.fuse import wire
+from vzfs.fuse.backing import Backing, BackingFiles
+from vzfs.fuse.state import ANSWERED
+from vzfs.fuse.wire import Opcode
+from vzfs.store import sys
+from vzfs.store.index import Attributes
+from vzfs.tree.node import Entry
+from vzfs.tree.tree import Caller, Changes, Tree
+
+RawHeader: TypeAlias = tuple[int, ...]
+Answer: TypeAlias = bytes | memoryview | None
+Handler: TypeAlias = Callable[[int, memoryview, RawHeader], Answer]
+Later: TypeAlias = Callable[..., Answer]
+
+UNIQUE, NODE, UID, GID, PID = 2, 3, 4, 5, 6
+"""Positions in a header."""
+SMALL_WRITE = 128 << 10
+"""Bytes up to which a write into the page cache is done at once: tens of microseconds."""
+SMALL_COPY = 128 << 10
+_RWF_NOWAIT = 8  # <linux/fs.h>: fail with EAGAIN instead of waiting for the disk
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+_FALLBACK_FLAGS = wire.FOPEN_KEEP_CACHE | wire.FOPEN_NOFLUSH
+_INDEX, _TREE, _STORE = ANSWERED, ANSWERED + 1, ANSWERED + 2
+_DOTS = (b".", b"..")
+
+# <linux/fs.h>
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_IOC32_GETFLAGS, FS_IOC32_SETFLAGS = 0x80046601, 0x40046602
+
+
+class Handlers:
+    """One mount's requests. ``later(header, function, *arguments)`` lets a worker answer with what the function gives;
+    without a header nobody waits for that. ``words`` are the shared statistics."""
+
+    def __init__(self, tree: Tree, files: BackingFiles, words: memoryview, later: Later) -> None:
+        self._tree = tree
+        self._files = files
+        self._words = words
+        self._later = later
+
+    def table(self) -> list[Handler]:
+        """Handlers by opcode; unknown ones are refused."""
+        table: list[Handler] = [self._refuse] * wire.OPCODES
+        for opcode in Opcode:
+            table[opcode] = getattr(self, f"_{opcode.name.lower()}", self._refuse)
+        return table
+
+    def _refuse(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        """ENOSYS; the kernel mostly doesn't ask again, and FLUSH, OPENDIR and ACCESS are better not asked."""
+        raise OSError(errno.ENOSYS, "not a request of this file system")
+
+    def _ignore(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        return None
+
+    _interrupt = _ignore  # what is being done is done soon
+    _notify_reply = _ignore
+
+    # ------------------------------------------------------------------------------------------- names and attributes
+
+    def _lookup(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        name = wire.name(body)
+        ready = self._tree.ready_lookup(node, name)
+        if ready is not None:
+            self._words[_INDEX] += 1
+            return ready or wire.NO_ENTRY
+        self._words[_STORE] += 1
+        entry = self._tree.lookup(node, name)
+        return wire.NO_ENTRY if entry is None else _entry_out(entry)
+
+    def _forget(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        self._forget_one(node, wire.fields(wire.FORGET_IN, body)[0])
+        return None
+
+    def _batch_forget(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        for number, count in wire.forgotten(body):
+            self._forget_one(number, count)
+        return None
+
+    def _forget_one(self, number: int, count: int) -> None:
+        if self._tree.slow_to_forget(number):
+            self._later(None, self._tree.forget, number, count)
+        else:
+            self._tree.forget(number, count)
+
+    def _getattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        ready = self._tree.ready_attributes(node)
+        if ready is not None:
+            self._words[_INDEX] += 1
+            return wire.ready_attr_out(ready)
+        self._words[_STORE] += 1
+        return wire.attr_out(self._tree.getattr(node))
+
+    def _statx(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        wire.fields(wire.STATX_IN, body)
+        self._words[_STORE] += 1
+        return wire.statx_out(self._tree.getattr(node), self._tree.birth_time(node))
+
+    def _setattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        (valid, _, handle, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = wire.fields(
+            wire.SETATTR_IN, body
+        )
+        now = time.time_ns()
+        changes = Changes(
+            mode=stat.S_IMODE(mode) if valid & wire.FATTR_MODE else None,
+            uid=uid if valid & wire.FATTR_UID else None,
+            gid=gid if valid & wire.FATTR_GID else None,
+            size=size if valid & wire.FATTR_SIZE else None,
+            atime_ns=_moment(valid, wire.FATTR_ATIME, wire.FATTR_ATIME_NOW, now, atime, atime_ns),
+            mtime_ns=_moment(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, now, mtime, mtime_ns),
+        )
+        self._words[_STORE] += 1
+        kill = bool(valid & wire.FATTR_KILL_SUIDGID)
+        known = handle if valid & wire.FATTR_FH and handle else None
+        if self._tree.slow_to_own(node, size=changes.size):
+            return self._later(header, self._set_attributes, node, changes, known, kill)
+        return self._set_attributes(node, changes, known, kill)
+
+    def _set_attributes(self, node: int, changes: Changes, handle: int | None, kill: bool) -> bytes:
+        attributes = self._tree.setattr(node, changes, handle)
+        if kill and changes.mode is None:
+            attributes = self._without_set_id(node, attributes)
+        return wire.attr_out(attributes)
+
+    def _without_set_id(self, node: int, attributes: Attributes) -> Attributes:
+        """Take setuid and setgid from a file that somebody else than root changes."""
+        kept = sys.without_set_id(attributes.mode)
+        if not stat.S_ISREG(attributes.mode) or kept == attributes.mode:
+            return attributes
+        return self._tree.setattr(node, Changes(mode=stat.S_IMODE(kept)))
+
+    def _readlink(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        self._words[_STORE] += 1
+        return self._tree.readlink(node)
+
+    def _statfs(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        self._words[_STORE] += 1
+        info = self._tree.statfs()
+        return wire.statfs_out(
+            (info.f_blocks, info.f_bfree, info.f_bavail, info.f_files, info.f_ffree, info.f_bsize, 255, info.f_frsize)
+        )
+
+    # --------------------------------------------------------------------------------------------------- making names
+
+    def _changing(self, header: RawHeader, parent: int, function: Callable[..., bytes], *arguments: object) -> Answer:
+        """Do what changes directory ``parent``; a worker does if that has to be unfolded at length first."""
+        self._words[_STORE] += 1
+        if self._tree.slow_to_own(parent):
+            return self._later(header, function, *arguments)
+        return function(*arguments)
+
+    def _mknod(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        mode, rdev, umask, _ = wire.fields(wire.MKNOD_IN, body)
+        name = wire.name(body[wire.MKNOD_IN.size :])
+        return self._changing(header, node, self._made, self._tree.mknod, node, name, mode, rdev, _caller(header, umask))
+
+    def _mkdir(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        mode, umask = wire.fields(wire.MKDIR_IN, body)
+        name = wire.name(body[wire.MKDIR_IN.size :])
+        return self._changing(header, node, self._made, self._tree.mkdir, node, name, mode, _caller(header, umask))
+
+    def _symlink(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        name, target = wire.two_names(body)
+        return self._changing(header, node, self._made, self._tree.symlink, node, name, target, _caller(header))
+
+    def _link(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        (number,) = wire.fields(wire.LINK_IN, body)
+        name = wire.name(body[wire.LINK_IN.size :])
+        return self._changing(header, node, self._made, self._tree.link, number, node, name)
+
+    @staticmethod
+    def _made(make: Callable[..., Entry], *arguments: object) -> bytes:
+        return _entry_out(make(*arguments))
+
+    def _create(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        flags, mode, umask, _ = wire.fields(wire.CREATE_IN, body)
+        name = wire.name(body[wire.CREATE_IN.size :])
+        caller = _caller(header, umask)
+        return self._changing(header, node, self._create_and_open, node, name, mode, flags, caller)
+
+    def _create_and_open(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> bytes:
+        handle, entry = self._tree.create(parent, name, mode, flags, caller)
+        return _entry_out(entry) + self._pass_through(handle.number, entry.number, handle.fd)
+
+    def _tmpfile(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        flags, mode, umask, _ = wire.fields(wire.CREATE_IN, body)
+        return self._changing(header, node, self._make_nameless, node, mode, flags, _caller(header, umask))
+
+    def _make_nameless(self, parent: int, mode: int, flags: int, caller: Caller) -> bytes:
+        handle, entry = self._tree.tmpfile(parent, mode, flags, caller)
+        return _entry_out(entry) + self._pass_through(handle.number, entry.number, handle.fd)
+
+    def _pass_through(self, handle: int, number: int, fd: int) -> bytes:
+        """The answer to who just opened the container's own file ``number``; its handle is given up if possible."""
+        with self._tree.lock:
+            backing = self._files.get(number) or self._files.register(number, fd, own=True)
+            if backing is None:
+                return wire.OPEN_OUT.pack(handle, _FALLBACK_FLAGS, 0)
+            answer = self._opened(backing)
+            self._tree.release(handle)
+            return answer
+
+    # ----------------------------------------------------------------------------------------- removing, moving names
+
+    def _unlink(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        name = wire.name(body)
+        self._words[_STORE] += 1
+        if self._tree.slow_to_own(node):
+            return self._later(header, self._unlink_slowly, node, name)
+        freed = self._tree.unlink(node, name)
+        if freed is None:
+            return b""
+        return self._later(header, self._done, self._tree.free, freed)  # who removes a large file wants its space now
+
+    def _unlink_slowly(self, parent: int, name: bytes) -> bytes:
+        freed = self._tree.unlink(parent, name)
+        if freed is not None:
+            self._tree.free(freed)
+        return b""
+
+    def _rmdir(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        return self._changing(header, node, self._done, self._tree.rmdir, node, wire.name(body))
+
+    def _rename(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        (target,) = wire.fields(wire.RENAME_IN, body)
+        return self._rename_to(node, target, 0, body[wire.RENAME_IN.size :], header)
+
+    def _rename2(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        target, flags, _ = wire.fields(wire.RENAME2_IN, body)
+        return self._rename_to(node, target, flags, body[wire.RENAME2_IN.size :], header)
+
+    def _rename_to(self, node: int, target: int, flags: int, names: memoryview, header: RawHeader) -> Answer:
+        old, new = wire.two_names(names)
+        slow = node if self._tree.slow_to_own(node) else target
+        return self._changing(header, slow, self._done, self._tree.rename, node, old, target, new, flags)
+
+    @staticmethod
+    def _done(change: Callable[..., None], *arguments: object) -> bytes:
+        change(*arguments)
+        return b""
+
+    # ------------------------------------------------------------------------------------------------------ open files
+
+    def _open(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        flags, open_flags = wire.fields(wire.OPEN_IN, body)
+        tree = self._tree
+        if not flags & os.O_TRUNC:
+            with tree.lock:
+                backing = self._files.get(node)
+                if backing is not None and (backing.own or not flags & _WRITING):
+                    self._words[_TREE] += 1
+                    return self._opened(backing)
+        self._words[_STORE] += 1
+        kill = bool(open_flags & wire.OPEN_KILL_SUIDGID)
+        if flags & _WRITING and tree.slow_to_own(node, size=0 if flags & os.O_TRUNC else None):
+            return self._later(header, self.open_data, node, flags, kill)
+        return self.open_data(node, flags, kill)
+
+    def _opened(self, backing: Backing) -> bytes:
+        if self._files.opened(backing):
+            self._tree.hold(backing.number)
+        return backing.answer
+
+    def open_data(self, number: int, flags: int, kill: bool = False) -> bytes:
+        """The answer to who opens the regular file ``number``; ``kill``: its set-id bits go."""
+        tree = self._tree
+        if flags & _WRITING:
+            tree.own_file(number, 0 if flags & os.O_TRUNC else None)
+        with tree.lock:
+            fd, own = tree.data_of(number, flags)
+            try:
+                if kill:
+                    sys.drop_set_id(fd)
+                backing = self._files.get(number)
+                if backing is None and not tree.has_handles(number):
+                    backing = self._files.register(number, fd, own=own)
+                if backing is not None:
+                    return self._opened(backing)
+            finally:
+                os.close(fd)
+            handle = tree.open(number, flags & ~os.O_TRUNC)
+            return wire.OPEN_OUT.pack(handle.number, _FALLBACK_FLAGS, 0)
+
+    def _release(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        handle = wire.fields(wire.RELEASE_IN, body)[0]
+        tree = self._tree
+        self._words[_TREE] += 1
+        if tree.slow_to_forget(node):
+            return self._later(header, self._close, node, handle)
+        return self._close(node, handle)
+
+    def _close(self, node: int, handle: int) -> bytes:
+        if handle:
+            self._tree.release(handle)
+            return b""
+        with self._tree.lock:
+            if self._files.closed(node):
+                self._tree.unhold(node)
+        return b""
+
+    @contextlib.contextmanager
+    def _descriptor(self, node: int, handle: int, flags: int) -> Iterator[int]:
+        """A descriptor of an open file, for one request."""
+        if handle:
+            yield self._tree.handle(handle).fd
+            return
+        fd = self._tree.data_of(node, flags)[0]
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _read(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        handle, offset, size, *_ = wire.fields(wire.READ_IN, body)
+        self._words[_STORE] += 1
+        with self._descriptor(node, handle, os.O_RDONLY) as fd:
+            buffer = bytearray(size)
+            try:
+                done = os.preadv(fd, [buffer], offset, _RWF_NOWAIT)
+                if done == size or (done and offset + done >= os.fstat(fd).st_size):
+                    return memoryview(buffer)[:done]
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                    raise
+        return self._later(header, self._read_slowly, node, handle, offset, size)
+
+    def _read_slowly(self, node: int, handle: int, offset: int, size: int) -> bytes:
+        with self._descriptor(node, handle, os.O_RDONLY) as fd:
+            return os.pread(fd, size, offset)
+
+    def _write(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        handle, offset, size, write_flags, *_ = wire.fields(wire.WRITE_IN, body)
+        data = body[wire.WRITE_IN.size :]
+        if len(data) != size:
+            raise wire.Malformed(f"it says {size} bytes of data and has {len(data)}")
+        self._words[_STORE] += 1
+        kill = bool(write_flags & wire.WRITE_KILL_SUIDGID)
+        if size <= SMALL_WRITE:
+            return self._write_data(node, handle, data, offset, kill)
+        return self._later(header, self._write_data, node, handle, data.tobytes(), offset, kill)
+
+    def _write_data(
+        self,
+        node: int,
+        handle: int,
+        data: bytes | memoryview,
+        offset: int,
+        kill: bool,
+    ) -> bytes:
+        with self._descriptor(node, handle, os.O_WRONLY) as fd:
+            if kill:
+                sys.drop_set_id(fd)
+            return wire.WRITE_OUT.pack(os.pwrite(fd, data, offset), 0)
+
+    def _fsync(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        handle, flags, _ = wire.fields(wire.FSYNC_IN, body)
+        self._words[_STORE] += 1
+        return self._later(header, self._flush_data, node, handle, bool(flags & wire.FSYNC_FDATASYNC))
+
+    def _flush_data(self, node: int, handle: int, data_only: bool) -> bytes:
+        with self._descriptor(node, handle, os.O_RDONLY) as fd:
+            (os.fdatasync if data_only else os.fsync)(fd)
+        return b""
+
+    def _syncfs(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        self._words[_STORE] += 1
+        return self._later(header, self._done, self._tree.sync)
+
+    def _fallocate(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        handle, offset, length, mode, _ = wire.fields(wire.FALLOCATE_IN, body)
+        self._words[_STORE] += 1
+        return self._later(header, self._allocate, node, handle, mode, offset, length)
+
+    def _allocate(self, node: int, handle: int, mode: int, offset: int, length: int) -> bytes:
+        with self._descriptor(node, handle, os.O_RDWR) as fd:
+            sys.fallocate(fd, mode, offset, length)
+        return b""
+
+    def _lseek(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        handle, offset, whence, _ = wire.fields(wire.LSEEK_IN, body)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, "the kernel seeks otherwise by itself")
+        if offset >= 1 << 63:
+            raise OSError(errno.ENXIO, "before the beginning")
+        self._words[_STORE] += 1
+        with self._descriptor(node, handle, os.O_RDONLY) as fd:
+            return wire.LSEEK_OUT.pack(os.lseek(fd, offset, whence))
+
+    def _copy_file_range(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        source_handle, source_at, target, target_handle, target_at, length, _ = wire.fields(
+            wire.COPY_FILE_RANGE_IN, body
+        )
+        self._words[_STORE] += 1
+        wide = header[1] == Opcode.COPY_FILE_RANGE_64
+        arguments = (node, source_handle, source_at, target, target_handle, target_at, length, wide)
+        if length > SMALL_COPY:
+            return self._later(header, self._copy, *arguments)
+        return self._copy(*arguments)
+
+    _copy_file_range_64 = _copy_file_range
+
+    def _copy(
+        self,
+        source: int,
+        source_handle: int,
+        source_at: int,
+        target: int,
+        target_handle: int,
+        target_at: int,
+        length: int,
+        wide: bool,
+    ) -> bytes:
+        with (
+            self._descriptor(source, source_handle, os.O_RDONLY) as source_fd,
+            self._descriptor(target, target_handle, os.O_WRONLY) as target_fd,
+        ):
+            done = os.copy_file_range(source_fd, target_fd, min(length, 1 << 30), source_at, target_at)
+        if wide:
+            return wire.COPY_FILE_RANGE_OUT.pack(done)
+        return wire.WRITE_OUT.pack(done, 0)
+
+    def _ioctl(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        handle, _, command, _, in_size, out_size = wire.fields(wire.IOCTL_IN, body)
+        data = body[wire.IOCTL_IN.size :]
+        if len(data) < in_size:
+            raise wire.Malformed("its argument is shorter than it says")
+        self._words[_STORE] += 1
+        if command in (FS_IOC_GETFLAGS, FS_IOC32_GETFLAGS):
+            flags = self._tree.file_flags(node).to_bytes(4, "little").ljust(out_size, b"\0")[:out_size]
+            return wire.IOCTL_OUT.pack(0, 0, 0, 0) + flags
+        if command in (FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS) and in_size >= 4:
+            return self._later(header, self._set_flags, node, int.from_bytes(data[:4], "little"))
+        raise OSError(errno.ENOTTY, "not an ioctl of this file system")
+
+    def _set_flags(self, node: int, flags: int) -> bytes:
+        self._tree.set_file_flags(node, flags)
+        return wire.IOCTL_OUT.pack(0, 0, 0, 0)
+
+    # ----------------------------------------------------------------------------------------------------- directories
+
+    def _readdirplus(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        _, offset, size, *_ = wire.fields(wire.READ_IN, body)
+        ready = self._tree.ready_listing(node, offset, size)
+        if ready is not None:
+            self._words[_INDEX] += 1
+            return ready
+        return self._list(node, offset, size, with_attributes=True)
+
+    def _readdir(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        _, offset, size, *_ = wire.fields(wire.READ_IN, body)
+        return self._list(node, offset, size, with_attributes=False)
+
+    def _list(self, node: int, offset: int, size: int, *, with_attributes: bool) -> bytes:
+        """Records of as many entries after ``offset`` as fit."""
+        self._words[_STORE] += 1
+        records: list[bytes] = []
+        room = size
+        for name, entry, next_offset in self._tree.list_real(node, offset, size):
+            if entry is None:
+                continue
+            record = wire.dirent(entry.attributes.ino, next_offset, entry.attributes.mode, name)
+            if with_attributes:
+                dot = name in _DOTS
+                record = (_dot_out(entry) if dot else _entry_out(entry)) + record
+            if len(record) > room:
+                break
+            records.append(record)
+            room -= len(record)
+            if with_attributes and not dot:
+                self._tree.remember(entry.number)
+        return b"".join(records)
+
+    def _fsyncdir(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        self._words[_STORE] += 1
+        return self._later(header, self._done, self._tree.sync_directory, node)
+
+    # --------------------------------------------------------------------------------------------- extended attributes
+
+    def _getxattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        room, _ = wire.fields(wire.GETXATTR_IN, body)
+        name = wire.name(body[wire.GETXATTR_IN.size :])
+        if self._tree.ready_xattr(node):
+            self._words[_INDEX] += 1
+            sys.check_xattr_namespace(name)
+            raise OSError(errno.ENODATA, "no extended attributes at all")
+        self._words[_STORE] += 1
+        return wire.xattr_out(self._tree.getxattr(node, name), room)
+
+    def _listxattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        room, _ = wire.fields(wire.GETXATTR_IN, body)
+        self._words[_STORE] += 1
+        names = self._tree.listxattr(node, _caller(header))
+        return wire.xattr_out(b"".join(name + b"\0" for name in names), room)
+
+    def _setxattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        size, flags, extra, _ = wire.fields(wire.SETXATTR_IN, body)
+        name, value = wire.name_and_value(body[wire.SETXATTR_IN.size :], size)
+        kill = bool(extra & wire.SETXATTR_ACL_KILL_SGID)
+        return self._changing(header, node, self._set_xattr, node, name, value, flags, kill)
+
+    def _set_xattr(self, node: int, name: bytes, value: bytes, flags: int, kill: bool) -> bytes:
+        self._tree.setxattr(node, name, value, flags)
+        if kill:
+            mode = self._tree.getattr(node).mode
+            if mode & stat.S_ISGID:
+                self._tree.setattr(node, Changes(mode=stat.S_IMODE(mode & ~stat.S_ISGID)))
+        return b""
+
+    def _removexattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        return self._changing(header, node, self._done, self._tree.removexattr, node, wire.name(body))
+
+
+def _caller(header: RawHeader, umask: int = 0) -> Caller:
+    return Caller(header[UID], header[GID], umask)
+
+
+def _entry_out(entry: Entry) -> bytes:
+    return wire.entry_out(*entry)
+
+
+def _dot_out(entry: Entry) -> bytes:
+    """A record of ``.`` or ``..``: the kernel doesn't look at node and attributes, and doesn't count it."""
+    return wire.entry_out(0, 0, entry.attributes)
+
+
+def _moment(valid: int, given: int, now_given: int, now: int, seconds: int, nanoseconds: int) -> int | None:
+    """A time of SETATTR in nanoseconds: now, the one given (its seconds are signed), or ``None`` to leave it."""
+    if valid & now_given:
+        return now
+    if not valid & given:
+        return None
+    return (seconds - (1 << 64) if seconds >> 63 else seconds) * wire.NS + nanoseconds
