@@ -29,6 +29,18 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
 FICLONE = 0x40049409
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_IMMUTABLE_FL = 0x10
+FS_APPEND_FL = 0x20
+
+_AT_FDCWD = -100  # <linux/fcntl.h>
+_AT_SYMLINK_NOFOLLOW = 0x100
+_STATX_BTIME = 0x800  # <linux/stat.h>
+_STATX_SIZE = 256
+_STATX_BTIME_AT = 80
+
+ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
 
 # <sys/mount.h>
 MS_RDONLY = 1
@@ -105,6 +117,62 @@ def reserve(fd: int, size: int) -> None:
 def syncfs(fd: int) -> None:
     """Write everything of the file system that holds ``fd`` to the disk (syncfs(2))."""
     _check(_libc.syncfs(fd))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Give a range of a file blocks, or take them away, as the ``FALLOC_FL_*`` in ``mode`` say (fallocate(2))."""
+    while True:
+        result: int = _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length))
+        if result == 0 or ctypes.get_errno() != errno.EINTR:
+            _check(result)
+            return
+
+
+def birth_time(path: bytes) -> int | None:
+    """When what is at ``path``, not followed, was made, in nanoseconds since 1970 (statx(2)).
+
+    ``None`` where the file system doesn't know. Raises ``OSError``.
+    """
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    _check(_libc.statx(_AT_FDCWD, ctypes.c_char_p(path), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, buffer), path)
+    if not int.from_bytes(buffer.raw[:4], "little") & _STATX_BTIME:
+        return None
+    seconds, nanoseconds = struct.unpack_from("=qI", buffer, _STATX_BTIME_AT)
+    return int(seconds * 1_000_000_000 + nanoseconds)
+
+
+def get_file_flags(fd: int) -> int:
+    """The ``FS_*_FL`` of an open file, as lsattr(1) shows them."""
+    buffer = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, buffer)
+    return int.from_bytes(buffer[:4], "little")
+
+
+def set_file_flags(fd: int, flags: int) -> None:
+    """Set the ``FS_*_FL`` of an open file, as chattr(1) does."""
+    fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags.to_bytes(8, "little"))
+
+
+def without_set_id(mode: int) -> int:
+    """What is left of ``mode`` when somebody else than root writes to, truncates or gives away a file."""
+    return mode & ~stat.S_ISUID & ~(stat.S_ISGID if mode & stat.S_IXGRP else 0)
+
+
+def drop_set_id(fd: int) -> None:
+    """Take setuid and setgid from an open file, which the kernel does for others but not for a root's file server."""
+    mode = os.fstat(fd).st_mode
+    kept = without_set_id(mode)
+    if kept != mode:
+        os.fchmod(fd, stat.S_IMODE(kept))
+
+
+def check_xattr_namespace(name: bytes) -> None:
+    """Refuse an extended attribute that no file system of Linux takes (xattr(7)): ``EOPNOTSUPP``, ``EINVAL``."""
+    namespace, _, rest = name.partition(b".")
+    if namespace not in (b"user", b"trusted", b"security") and os.fsdecode(name) not in ACL_XATTRS:
+        raise OSError(errno.EOPNOTSUPP, "no such namespace of attributes", name)
+    if not rest:
+        raise OSError(errno.EINVAL, "an attribute without a name", name)
 
 
 def ficlone(dst_fd: int, src_fd: int) -> None:

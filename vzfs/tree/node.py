@@ -60,6 +60,7 @@ class Node:
         "generation",
         "group",
         "handles",
+        "held",
         "ino",
         "kind",
         "last",
@@ -94,6 +95,7 @@ class Node:
         self.generation = 0
         self.lookups = 0
         self.handles: list[Handle] | None = None
+        self.held = 0  # opens that need no descriptor of ours
         self.children = 0  # registered nodes that have this one as their parent
         self.backing = 0  # inode number in the private area's file system, for OWN and DIRECTORY
         self.folded_children: int | None = None  # folded directories in this real one; None until counted
@@ -110,7 +112,12 @@ class Node:
     @property
     def known(self) -> bool:
         """Whether the kernel or an open file may still ask for the node."""
-        return self.lookups > 0 or self.handles is not None
+        return self.lookups > 0 or self.is_open
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody has it open, by a handle or by other means."""
+        return self.handles is not None or self.held > 0
 
     @property
     def moved(self) -> bool:

@@ -39,8 +39,15 @@ _NO_NAMES = (b"", b".", b"..")
 class Nodes:
     """The table of registered nodes and everything that finds, places and describes nodes."""
 
-    def __init__(self, area: PrivateArea, load_template: Callable[[str], OpenTemplate], os_template: str) -> None:
+    def __init__(
+        self,
+        area: PrivateArea,
+        load_template: Callable[[str], OpenTemplate],
+        os_template: str,
+        changed: Callable[[int], None] | None = None,
+    ) -> None:
         self.area = area
+        self.changed = changed or _nobody
         self._load_template = load_template
         self._templates: dict[str, OpenTemplate] = {}
         self._table: dict[int, Node] = {}
@@ -373,6 +380,7 @@ class Nodes:
             self.area.forget(node)
         self.leave_all_places(node)
         self.register(node)
+        self.changed(node.number)
 
     def forget(self, number: int, count: int) -> Node | None:
         """The kernel has forgotten ``count`` look-ups of ``number``; gives the node if it was dropped by that."""
@@ -390,7 +398,7 @@ class Nodes:
 
         Its descriptor, if it is a directory, may be borrowed just now and so is left to the cache's own order.
         """
-        if node.lookups > 0 or node.handles or node.children or node is self.root:
+        if node.known or node.children or node is self.root:
             return False
         if node.moved and not node.dead:
             return False
@@ -560,6 +568,10 @@ class Nodes:
             return False
         entry = index.find_path(link.path)
         return entry is not None and index.is_directory(entry)
+
+
+def _nobody(number: int) -> None:
+    """Nobody wants to know that the node's data is elsewhere."""
 
 
 def private_number(backing: int) -> int:

@@ -30,7 +30,6 @@ from vzfs.tree.times import unchanged_times
 log = logging.getLogger(__name__)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
 
 
 class Owner:
@@ -76,7 +75,7 @@ class Owner:
     def folder_like(self, folder: int) -> Iterator[int]:
         """A folder on the stage that gives what is made in it the ACLs that ``folder`` would give it."""
         try:
-            acl = os.getxattr(sys.entry_path(folder, b"."), ACL_XATTRS[1])
+            acl = os.getxattr(sys.entry_path(folder, b"."), sys.ACL_XATTRS[1])
         except OSError:  # ENODATA, EOPNOTSUPP: there is none
             yield self._area.stage_fd
             return
@@ -86,7 +85,7 @@ class Owner:
             cleaning.callback(self._clear_stage, name)
             fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._area.stage_fd)
             cleaning.callback(os.close, fd)
-            os.setxattr(fd, ACL_XATTRS[1], acl)
+            os.setxattr(fd, sys.ACL_XATTRS[1], acl)
             yield fd
 
     def _clear_stage(self, staged: bytes) -> None:
@@ -139,7 +138,7 @@ class Owner:
         os.setxattr(path, ORIGIN_XATTR, template.origin(node.entry), follow_symlinks=False)
         apply_attributes(path, attributes if mtime_ns is None else attributes._replace(mtime_ns=mtime_ns), xattrs)
         backing = os.lstat(staged, dir_fd=stage).st_ino
-        keep_readers = node.handles is not None and not node.dead and self._readers is Readers.KEEP
+        keep_readers = node.is_open and not node.dead and self._readers is Readers.KEEP
         with contextlib.ExitStack() as cleaning:
             fds = [] if keep_readers else self._for_handles(node, staged, cleaning)
             step("copy-up:staged")
@@ -152,6 +151,7 @@ class Owner:
             self._nodes.register(node)
             for handle, fd in zip(node.handles or (), fds, strict=True):
                 os.dup2(fd, handle.fd, inheritable=False)
+            self._nodes.changed(node.number)
 
     def _place_copy(self, node: Node, staged: bytes, nlink: int) -> None:
         """Put the finished copy in the place of what stood for the node."""

@@ -1,8 +1,9 @@
 """One mounted container: the operations of a file system on node numbers and names.
 
 Synchronous, knows nothing of FUSE, works without a mount. Rules:
-- Every method may be called from any thread. The lock is held for what is quick; copying data and building directories
-  happen without it (``Owner.stage_*``), so that look-ups go on.
+- Every method may be called from any thread. The lock, which may be entered again and whose holder sees nothing change,
+  is held for what is quick; copying data and building directories happen without it (``Owner.stage_*``), so that
+  look-ups go on.
 - Errors are ``OSError`` with the errno that the program shall see.
 - Permission has been checked by the caller (the kernel, with ``default_permissions``); ownership of what is made is set
   here.
@@ -35,7 +36,7 @@ from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.listing import Listing
 from vzfs.tree.node import Entry, Handle, Kind, Node, Readers
 from vzfs.tree.nodes import Nodes, check_name
-from vzfs.tree.own import ACL_XATTRS, Owner, no_space
+from vzfs.tree.own import Owner, no_space
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,9 @@ class Changes:
 class Tree:
     """The file system of the container at ``container``; its lock must be held by the caller.
 
-    Raises ``OSError`` and, at construction, ``VzfsError`` when the container or its template is damaged or missing.
+    ``changed(number)`` is called, under the lock, whenever the object that holds the data of the node is another one
+    from now on, or gone. Raises ``OSError`` and, at construction, ``VzfsError`` when the container or its template is
+    damaged or missing.
     """
 
     def __init__(
@@ -89,9 +92,10 @@ class Tree:
         read_only: bool = False,
         sync: Sync = Sync.DATA,
         readers: Readers = Readers.SHARE,
+        changed: Callable[[int], None] | None = None,
     ) -> None:
         conf = Conf.load(container / CONF)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._read_only = read_only
         self._busy: dict[int, threading.Event] = {}
         self._handles: dict[int, Handle] = {}
@@ -100,7 +104,7 @@ class Tree:
         try:
             if not read_only:
                 self._area.clear_leftovers()
-            self._nodes = Nodes(self._area, lambda name: OpenTemplate(layout, name), conf.get(OSTEMPLATE))
+            self._nodes = Nodes(self._area, lambda name: OpenTemplate(layout, name), conf.get(OSTEMPLATE), changed)
         except BaseException:
             self._area.close()
             raise
@@ -108,7 +112,7 @@ class Tree:
 
     def close(self) -> None:
         """Close all files and descriptors; unlinked ones are gone."""
-        with self._lock:
+        with self.lock:
             for number in list(self._handles):
                 self.release(number)
             if not self._read_only:
@@ -120,7 +124,7 @@ class Tree:
 
     def lookup(self, parent: int, name: bytes) -> Entry | None:
         """What ``name`` in directory ``parent`` is, counted as known to the kernel; ``None`` if there is none."""
-        with self._lock:
+        with self.lock:
             node = self._nodes.child(self._nodes.get(parent), name)
             if node is None:
                 return None
@@ -129,14 +133,14 @@ class Tree:
 
     def remember(self, number: int) -> None:
         """Count one more look-up of ``number`` by the kernel (an entry of a listing with attributes)."""
-        with self._lock:
+        with self.lock:
             node = self._nodes.registered(number)
             if node is not None:
                 node.lookups += 1
 
     def forget(self, number: int, count: int) -> None:
         """The kernel has forgotten ``count`` look-ups of ``number``."""
-        with self._lock:
+        with self.lock:
             node = self._nodes.forget(number, count)
             if node is not None:
                 self._discard_orphan(node)
@@ -150,15 +154,16 @@ class Tree:
         if node.orphan:
             os.unlink(node.orphan, dir_fd=self._area.orphans_fd)
             node.orphan = b""
+            self._nodes.changed(node.number)
 
     def getattr(self, number: int) -> Attributes:
         """What stat tells of the node."""
-        with self._lock:
+        with self.lock:
             return self._nodes.attributes(self._nodes.get(number))
 
     def readlink(self, number: int) -> bytes:
         """Text of a symbolic link as the container sees it."""
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             if node.kind is Kind.TEMPLATE or node.kind is Kind.RECORD:
                 assert node.template is not None
@@ -174,7 +179,7 @@ class Tree:
 
     def slow_to_list(self, number: int) -> bool:
         """Whether reading the names of the directory is long work, to be done in a thread."""
-        with self._lock:
+        with self.lock:
             node = self._directory(number)
             if node.dead:
                 return False
@@ -184,7 +189,7 @@ class Tree:
             return os.stat(sys.fd_path(self._nodes.directory_fd(node))).st_size > SLOW_LISTING * 64
 
     def _names(self, number: int) -> Sequence[bytes]:
-        with self._lock:
+        with self.lock:
             node = self._directory(number)
             if node.dead:
                 return []
@@ -199,7 +204,7 @@ class Tree:
             os.close(fd)
 
     def _describe(self, number: int, name: bytes) -> Entry | None:
-        with self._lock:
+        with self.lock:
             directory = self._nodes.get(number)
             if name == b".":
                 return self._nodes.entry(directory)
@@ -218,6 +223,22 @@ class Tree:
         """Space of the file system that holds the private area."""
         return os.statvfs(sys.fd_path(self._area.root_fd))
 
+    def sync(self) -> None:
+        """syncfs(2) of the file system that holds the private area."""
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._area.root_fd)
+        try:
+            sys.syncfs(fd)
+        finally:
+            os.close(fd)
+
+    def birth_time(self, number: int) -> int | None:
+        """When the node's own object was made, in ns since 1970; ``None``: unknown, or it is the template's."""
+        with self.lock:
+            node = self._nodes.get(number)
+            if node.kind is not Kind.OWN and (node.kind is not Kind.DIRECTORY or node.dead):
+                return None
+            return sys.birth_time(self._nodes.path(node))
+
     @property
     def node_count(self) -> int:
         """How many nodes are kept in memory."""
@@ -232,7 +253,7 @@ class Tree:
         """
         if self._is_own(number):
             return False
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             template = node.template
             if number in self._busy:
@@ -264,7 +285,7 @@ class Tree:
 
         self._own(number, lambda node: node.kind is Kind.FOLDED, stage, self._owner.commit_directory)
 
-    def _own_file(self, number: int, size: int | None = None) -> None:
+    def own_file(self, number: int, size: int | None = None) -> None:
         """Copy up ``number``, which is no directory, with the first ``size`` bytes of its content (``None``: all)."""
 
         cut = False
@@ -299,7 +320,7 @@ class Tree:
         if self._is_own(number):
             return
         while True:
-            with self._lock:
+            with self.lock:
                 node = self._nodes.get(number)
                 if not wanted(node) or (node.dead and node.is_directory):
                     return
@@ -312,12 +333,12 @@ class Tree:
             self._own_place(number)
             self._stage_and_commit(number, stage, commit)
         finally:
-            with self._lock:
+            with self.lock:
                 self._busy.pop(number).set()
 
     def _own_place(self, number: int) -> None:
         """Make the directory real in which the node's magic link shall be replaced."""
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             if node.group or node.dead:
                 return
@@ -327,13 +348,13 @@ class Tree:
     def _stage_and_commit(
         self, number: int, stage: Callable[[Node, bytes], None], commit: Callable[[Node, bytes], None]
     ) -> None:
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             staged = self._area.stage_name()
         flush = None
         try:
             stage(node, staged)
-            with self._lock:
+            with self.lock:
                 node = self._nodes.get(number)
                 if node.dead and node.is_directory:
                     self._owner.discard_stage(staged)
@@ -377,7 +398,7 @@ class Tree:
     def _make(self, parent: int, name: bytes, caller: Caller, make: Callable[[int, bytes], Made]) -> tuple[Made, Entry]:
         check_name(name)
         self._own_directory(parent)
-        with self._lock:
+        with self.lock:
             return self._make_in(self._living_directory(parent), name, caller, make)
 
     def _make_in(
@@ -422,7 +443,7 @@ class Tree:
         """Make a regular file and open it, or open it if it is there and ``flags`` don't have ``O_EXCL``."""
         check_name(name)
         self._own_directory(parent)
-        with self._lock:
+        with self.lock:
             directory = self._living_directory(parent)
             if not flags & os.O_EXCL:
                 present = self._nodes.child(directory, name)
@@ -446,7 +467,7 @@ class Tree:
         """Make ``name`` one more hard link to the node."""
         check_name(name)
         self._own_directory(parent)
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             directory = self._living_directory(parent)
             fd = self._nodes.directory_fd(directory)
@@ -494,7 +515,7 @@ class Tree:
         open and the kernel forgets it in its own time.
         """
         self._own_directory(parent)
-        with self._lock:
+        with self.lock:
             directory = self._living_directory(parent)
             node = self._existing(directory, name)
             if node.is_directory:
@@ -512,16 +533,17 @@ class Tree:
                     os.unlink(name, dir_fd=fd)
                 step("unlink:done")
             self._after_losing_name(node, directory, name, last=last)
-            much = node.orphan and not node.handles and node.last is not None and node.last.blocks * 512 > SLOW_COPY
+            much = node.orphan and not node.is_open and node.last is not None and node.last.blocks * 512 > SLOW_COPY
             return node.number if much else None
 
     def free(self, number: int) -> None:
         """Give back the space of an unlinked node unless somebody has it open; for large files this is long work."""
-        with self._lock:
+        with self.lock:
             node = self._nodes.registered(number)
-            if node is None or not node.dead or node.handles or not node.orphan:
+            if node is None or not node.dead or node.is_open or not node.orphan:
                 return
             orphan, node.orphan = node.orphan, b""
+            self._nodes.changed(number)
         os.unlink(orphan, dir_fd=self._area.orphans_fd)
 
     def _existing(self, directory: Node, name: bytes) -> Node:
@@ -536,7 +558,7 @@ class Tree:
             return False
         if last:
             return node.known
-        return node.handles is not None and not node.others and self._nodes.lies_at(node, directory, name)
+        return node.is_open and not node.others and self._nodes.lies_at(node, directory, name)
 
     def _loses_last_name(self, node: Node) -> bool:
         """Whether the node, about to lose a name, has only that; then its attributes without it are noted."""
@@ -576,7 +598,7 @@ class Tree:
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory."""
         self._own_directory(parent)
-        with self._lock:
+        with self.lock:
             directory = self._living_directory(parent)
             node = self._existing(directory, name)
             fd = self._nodes.directory_fd(directory)
@@ -613,7 +635,7 @@ class Tree:
         check_name(new_name)
         self._own_directory(old_parent)
         self._own_directory(new_parent)
-        with self._lock:
+        with self.lock:
             source_dir, target_dir = self._living_directory(old_parent), self._living_directory(new_parent)
             source = self._existing(source_dir, old_name)
             target = self._nodes.child(target_dir, new_name)
@@ -625,7 +647,7 @@ class Tree:
                 self._own_directory(source.number)
             elif source.kind is Kind.DIRECTORY and target.kind is Kind.FOLDED:
                 self._own_directory(target.number)
-        with self._lock:
+        with self.lock:
             self._rename(old_parent, old_name, new_parent, new_name, flags)
 
     def _check_rename(self, source: Node, target: Node | None, source_dir: Node, target_dir: Node, flags: int) -> None:
@@ -712,21 +734,55 @@ class Tree:
         """Open a regular file with the flags of open(2); opening a template's file for writing copies it up."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
         if writing:
-            self._own_file(number, 0 if flags & os.O_TRUNC else None)
-        with self._lock:
+            self.own_file(number, 0 if flags & os.O_TRUNC else None)
+        with self.lock:
+            fd, own = self.data_of(number, flags)
+            if own and flags & os.O_TRUNC and caller.uid:
+                sys.drop_set_id(fd)
+            node = self._nodes.get(number)
+            self._nodes.register(node)
+            return self._add_handle(node, fd, flags)
+
+    def data_of(self, number: int, flags: int) -> tuple[int, bool]:
+        """A new descriptor, which the caller closes, of the regular file that holds the node's data.
+
+        ``flags`` are open(2)'s; also told: whether that file is the container's own. Raises ``OSError``: ``EISDIR``,
+        ``EINVAL`` for what is neither file nor directory, ``ESTALE`` when ``flags`` are for writing and the node still
+        has the template's data (``own_file`` comes first, and its copy has a number of its own where readers keep the
+        template's).
+        """
+        with self.lock:
             node = self._nodes.get(number)
             if node.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "is a directory")
-            if node.kind is not Kind.OWN:
-                assert node.template is not None
-                if writing:
-                    raise OSError(errno.ESTALE, "the copy has a node of its own")
-                self._nodes.register(node)
-                return self._add_handle(node, node.template.open_file(node.entry), flags)
-            fd = self._open_own(node, flags)
-            if flags & os.O_TRUNC and caller.uid:
-                _drop_set_id(fd)
-            return self._add_handle(node, fd, flags)
+            if node.kind is Kind.OWN:
+                return self._open_own(node, flags), True
+            assert node.template is not None
+            if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+                raise OSError(errno.ESTALE, "the copy has a node of its own")
+            if not stat.S_ISREG(node.template.index.mode(node.entry)):
+                raise OSError(errno.EINVAL, "not a regular file")
+            return node.template.open_file(node.entry), False
+
+    def hold(self, number: int) -> None:
+        """The node is open somewhere without a handle here, as passthrough files are: keep it until ``unhold``."""
+        with self.lock:
+            node = self._nodes.get(number)
+            node.held += 1
+            self._nodes.register(node)
+
+    def unhold(self, number: int) -> None:
+        """The reverse of ``hold``."""
+        with self.lock:
+            node = self._nodes.registered(number)
+            if node is not None and node.held:
+                node.held -= 1
+                self._closed(node)
+
+    def has_handles(self, number: int) -> bool:
+        """Whether the node is open by a handle."""
+        node = self._nodes.registered(number)
+        return node is not None and node.handles is not None
 
     def _add_handle(self, node: Node, fd: int, flags: int) -> Handle:
         handle = Handle(self._next_handle, node, fd, flags)
@@ -746,7 +802,7 @@ class Tree:
 
     def release(self, number: int) -> None:
         """Close an open file; what was unlinked meanwhile is removed with its last one."""
-        with self._lock:
+        with self.lock:
             handle = self._handles.pop(number, None)
             if handle is None:
                 return
@@ -756,12 +812,16 @@ class Tree:
             node.handles.remove(handle)
             if not node.handles:
                 node.handles = None
-                if self._nodes.drop_if_unused(node) or not node.dead:
-                    self._discard_orphan(node)
+                self._closed(node)
+
+    def _closed(self, node: Node) -> None:
+        """One who had the node open has closed it."""
+        if not node.is_open and (self._nodes.drop_if_unused(node) or not node.dead):
+            self._discard_orphan(node)
 
     def sync_directory(self, number: int) -> None:
         """fsync(2) of a directory; a folded one is on the disk already."""
-        with self._lock:
+        with self.lock:
             node = self._directory(number)
             if node.kind is Kind.FOLDED or node.dead:
                 return
@@ -776,8 +836,8 @@ class Tree:
     def setattr(self, number: int, changes: Changes, handle: int | None = None) -> Attributes:
         """Change attributes and give the new ones; a template's file is copied only if its size changes."""
         if changes.size is not None:
-            self._own_file(number, changes.size)
-        with self._lock:
+            self.own_file(number, changes.size)
+        with self.lock:
             node = self._nodes.get(number)
             kind, dead = node.kind, node.dead
             if changes.size is not None and kind is not Kind.OWN:
@@ -786,10 +846,10 @@ class Tree:
             self._own_directory(number)
         elif kind in (Kind.TEMPLATE, Kind.RECORD):
             if dead or not self._can_record(node, changes):
-                self._own_file(number)
+                self.own_file(number)
             else:
                 self._own_place(number)
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             if node.kind in (Kind.TEMPLATE, Kind.RECORD):
                 self._owner.change_record(node, lambda record: self._changed_record(node, record, changes))
@@ -797,19 +857,57 @@ class Tree:
                 self._set_own(node, changes, self._handles.get(handle) if handle is not None else None)
             return self._nodes.attributes(node)
 
+    def file_flags(self, number: int) -> int:
+        """The ``FS_*_FL`` of a regular file or directory (ioctl_iflags(2)); a folded directory has none."""
+        with self.lock:
+            node = self._nodes.get(number)
+            if node.kind is Kind.FOLDED:
+                return 0
+            fd = self._open_for_flags(node)
+            try:
+                return sys.get_file_flags(fd)
+            finally:
+                os.close(fd)
+
+    def set_file_flags(self, number: int, flags: int) -> None:
+        """Set the ``FS_*_FL`` of a regular file or directory, which becomes the container's own.
+
+        Raises ``OSError``; ``EOPNOTSUPP`` for what would keep the store from moving or removing the file.
+        """
+        if flags & (sys.FS_IMMUTABLE_FL | sys.FS_APPEND_FL):
+            raise OSError(errno.EOPNOTSUPP, "no immutable or append-only files here")
+        with self.lock:
+            directory = self._nodes.get(number).is_directory
+        if directory:
+            self._own_directory(number)
+        else:
+            self.own_file(number)
+        with self.lock:
+            fd = self._open_for_flags(self._nodes.get(number))
+            try:
+                sys.set_file_flags(fd, flags)
+            finally:
+                os.close(fd)
+
+    def _open_for_flags(self, node: Node) -> int:
+        if node.kind is not Kind.DIRECTORY:
+            return self.data_of(node.number, os.O_RDONLY)[0]
+        folder = self._nodes.living_directory_fd(node)
+        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+
     def _can_record(self, node: Node, changes: Changes) -> bool:
         """Whether a record can hold the changes: of a regular file, and a mode only where no ACL goes with it."""
         assert node.template is not None
         if not stat.S_ISREG(node.template.index.mode(node.entry)):
             return False
-        with self._lock:
-            return changes.mode is None or not any(name in ACL_XATTRS for name in self._owner.xattrs(node))
+        with self.lock:
+            return changes.mode is None or not any(name in sys.ACL_XATTRS for name in self._owner.xattrs(node))
 
     def _changed_record(self, node: Node, record: Record, changes: Changes) -> Record:
         mode = changes.mode
         if mode is None and (changes.uid is not None or changes.gid is not None):
             now = self._nodes.attributes(node).mode
-            kept = now & ~stat.S_ISUID & ~(stat.S_ISGID if now & stat.S_IXGRP else 0)  # as chown(2) does
+            kept = sys.without_set_id(now)  # as chown(2) does
             mode = stat.S_IMODE(kept) if kept != now else None
         return replace(
             record,
@@ -859,7 +957,7 @@ class Tree:
 
     def getxattr(self, number: int, name: bytes) -> bytes:
         """Value of an extended attribute. Raises ``OSError`` ``ENODATA``."""
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             if not _is_reserved(name):
                 if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
@@ -872,7 +970,7 @@ class Tree:
 
     def listxattr(self, number: int, caller: Caller = ROOT) -> list[bytes]:
         """Names of the extended attributes that the caller may see: ``trusted.*`` is root's."""
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
                 names = os.listxattr(self._nodes.path(node), follow_symlinks=False)
@@ -913,7 +1011,7 @@ class Tree:
         change_own: Callable[[bytes], None],
     ) -> None:
         _check_xattr_name(name)
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
             if node.kind in (Kind.TEMPLATE, Kind.RECORD):
                 change(dict(self._owner.xattrs(node)))  # what fails changes nothing
@@ -922,16 +1020,16 @@ class Tree:
         elif node.kind in (Kind.TEMPLATE, Kind.RECORD):
             if self._recorded_xattrs(number, name, change):
                 return
-            self._own_file(number)
-        with self._lock:
+            self.own_file(number)
+        with self.lock:
             change_own(self._nodes.path(self._nodes.get(number)))
 
     def _recorded_xattrs(self, number: int, name: bytes, change: Callable[[dict[str, bytes]], None]) -> bool:
         """Keep the change in a record, if it fits there; ACLs don't, they go with the mode."""
         self._own_place(number)
-        with self._lock:
+        with self.lock:
             node = self._nodes.get(number)
-            if node.dead or node.kind not in (Kind.TEMPLATE, Kind.RECORD) or os.fsdecode(name) in ACL_XATTRS:
+            if node.dead or node.kind not in (Kind.TEMPLATE, Kind.RECORD) or os.fsdecode(name) in sys.ACL_XATTRS:
                 return False
             assert node.template is not None
             if not stat.S_ISREG(node.template.index.mode(node.entry)):
@@ -951,11 +1049,7 @@ def _check_xattr_name(name: bytes) -> None:
     """Refuse what no file system of Linux takes (xattr(7)), and the store's own names."""
     if _is_reserved(name):
         raise PermissionError(errno.EPERM, "a reserved attribute", name)
-    namespace, _, rest = name.partition(b".")
-    if namespace not in (b"user", b"trusted", b"security") and os.fsdecode(name) not in ACL_XATTRS:
-        raise OSError(errno.EOPNOTSUPP, "no such namespace of attributes", name)
-    if not rest:
-        raise OSError(errno.EINVAL, "an attribute without a name", name)
+    sys.check_xattr_namespace(name)
 
 
 def _is_reserved(name: bytes) -> bool:
@@ -987,11 +1081,3 @@ def _masked(umask: int) -> Iterator[None]:
         yield
     finally:
         os.umask(0)
-
-
-def _drop_set_id(fd: int) -> None:
-    """What truncation by anyone but root does to setuid and setgid bits (and a root's file server doesn't)."""
-    mode = os.fstat(fd).st_mode
-    kept = mode & ~stat.S_ISUID & ~(stat.S_ISGID if mode & stat.S_IXGRP else 0)
-    if kept != mode:
-        os.fchmod(fd, stat.S_IMODE(kept))
