@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.report import Report
+from benchmarks.figures import Report
 from benchmarks.workspace import bench, machine
 
 MEASUREMENTS = ("container_creation", "first_write", "mount_time", "memory", "lookup_cost", "request_cost")

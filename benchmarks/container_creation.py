@@ -7,7 +7,7 @@ import stat
 import time
 from pathlib import Path
 
-from benchmarks.report import Figure, Report
+from benchmarks.figures import Figure, Report
 from benchmarks.workspace import Bench
 
 TARGET_MS = 10.0

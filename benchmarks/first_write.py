@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.report import Figure, Report
+from benchmarks.figures import Figure, Report
 from benchmarks.workspace import Bench
 from vzfs import Template
 

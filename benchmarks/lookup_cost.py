@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import Figure, Report
+from benchmarks.figures import Figure, Report
 from benchmarks.workspace import TOP_DIRECTORIES, Bench, file_name, forget_names, plain_tree
 from vzfs import Container
 from vzfs.store.layout import PRIVATE_AREA

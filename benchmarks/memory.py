@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmarks.report import Figure, Report
+from benchmarks.figures import Figure, Report
 from benchmarks.workspace import Bench, drop_names_everywhere
 from vzfs import Container
 

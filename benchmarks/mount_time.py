@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.report import Figure, Report
+from benchmarks.figures import Figure, Report
 from benchmarks.workspace import Bench
 
 TARGET_MS = 500.0

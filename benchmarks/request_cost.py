@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.report import Figure, Report
+from benchmarks.figures import Figure, Report
 from benchmarks.workspace import CONTENT, Bench, forget_names
 
 ENTRIES = 6_000

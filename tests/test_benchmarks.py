@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import MEASUREMENTS, parse
-from benchmarks.report import Figure, Report
+from benchmarks.figures import Figure, Report
 from benchmarks.workspace import plain_tree
 
 TOP = Path(__file__).parents[1]
