@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from tests.behaviours import BEHAVIOURS, FEATURES, Behaviour, plant
-
-if TYPE_CHECKING:
-    from vzfs import Container
+from tests.engines import ENGINES, EngineStore
+from vzfs import Container
 
 # What libfuse 3.14 and pyfuse3 do not pass on. SEEK_HOLE then finds one hole, at the end; the others are refused.
-PORTABLE = FEATURES - {"fallocate", "getflags", "seek-hole", "tmpfile"}
+_LACKING = {"pyfuse3": {"fallocate", "getflags", "seek-hole", "tmpfile"}, "direct": set[str]()}
+# What files of the template lack: a folded directory moves as one link, and on direct readers keep the template's data.
+_TEMPLATES = {"pyfuse3": {"directory-ctime"}, "direct": {"directory-ctime", "coherent-readers"}}
 
 
 class Target(Protocol):
@@ -63,14 +65,17 @@ class PlainTarget:
 class _MountTarget:
     """A container mounted for the whole session, on a store of its own."""
 
-    def __init__(self, tmp_path: Path) -> None:
+    kind: str
+
+    def __init__(self, engine: str, tmp_path: Path) -> None:
+        self.name = name_of(engine, self.kind)
+        self.features = FEATURES - _LACKING[engine]
+        self._engine = engine
         self._root = tmp_path / "store"
         self._container: Container | None = None
 
     def _mount(self, template_tree: Path) -> Path:
-        from vzfs import Store  # here, so that the other targets run without it
-
-        store = Store(self._root)
+        store = EngineStore(self._root, self._engine)
         store.create_template("behaviours", str(template_tree))
         self._container = store.create(101, template="behaviours")
         return self._container.mount()
@@ -81,11 +86,15 @@ class _MountTarget:
         shutil.rmtree(self._root.parent, ignore_errors=True)
 
 
+def name_of(engine: str, kind: str) -> str:
+    """What a mount target is called: the first engine's have the short names."""
+    return kind if engine == "pyfuse3" else f"{engine}-{kind}"
+
+
 class MountFresh(_MountTarget):
     """Seeds planted through the mount: all files are the container's own."""
 
-    name = "fresh"
-    features = PORTABLE
+    kind = "fresh"
 
     def prepare(self, behaviours: Iterable[Behaviour]) -> Mapping[str, Path]:
         empty = self._root.parent / "empty"
@@ -96,8 +105,11 @@ class MountFresh(_MountTarget):
 class MountTemplate(_MountTarget):
     """Seeds planted in a tree that became the template: all files belong to the template."""
 
-    name = "template"
-    features = PORTABLE - {"directory-ctime"}  # a folded directory moves as one link
+    kind = "template"
+
+    def __init__(self, engine: str, tmp_path: Path) -> None:
+        super().__init__(engine, tmp_path)
+        self.features -= _TEMPLATES[engine]
 
     def prepare(self, behaviours: Iterable[Behaviour]) -> Mapping[str, Path]:
         source = self._root.parent / "source"
@@ -109,19 +121,19 @@ class MountTemplate(_MountTarget):
 
 Factory = Callable[[Path], Target]
 
-# Every target there is, by name, and the ones that run unless VZFS_BEHAVIOUR_TARGETS says otherwise.
-# The mount targets join TARGETS when the mount exists: TARGETS = list(FACTORIES).
-FACTORIES: dict[str, Factory] = {one.name: one for one in (PlainTarget, MountFresh, MountTemplate)}
-TARGETS = list(FACTORIES)
+# Every target there is, by name; all run unless VZFS_BEHAVIOUR_TARGETS says otherwise.
+FACTORIES: dict[str, Factory] = {PlainTarget.name: PlainTarget} | {
+    name_of(engine, target.kind): partial(target, engine)
+    for engine in ENGINES
+    for target in (MountFresh, MountTemplate)
+}
 
 
 def chosen_targets() -> list[str]:
-    """Names from VZFS_BEHAVIOUR_TARGETS (a comma list, or ``all``), or ``TARGETS``; ValueError for unknown ones."""
+    """Names from VZFS_BEHAVIOUR_TARGETS (a comma list), or all; ValueError for unknown ones."""
     text = os.environ.get("VZFS_BEHAVIOUR_TARGETS", "")
-    if not text:
-        return TARGETS
-    names = list(FACTORIES) if text == "all" else text.split(",")
+    names = text.split(",") if text else list(FACTORIES)
     unknown = sorted(set(names) - set(FACTORIES))
     if unknown:
-        raise ValueError(f"VZFS_BEHAVIOUR_TARGETS: no target {unknown}; there are {sorted(FACTORIES)} and all")
+        raise ValueError(f"VZFS_BEHAVIOUR_TARGETS: no target {unknown}; there are {sorted(FACTORIES)}")
     return names

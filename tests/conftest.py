@@ -11,13 +11,13 @@ import os
 import signal
 import stat
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vzfs import Store
+from tests.engines import EngineStore
+from tests.realuse_helpers import alive, wait_for
 from vzfs.fuse.mount import mount_table
 from vzfs.store import sys as calls
 from vzfs.store.lock import read_holder
@@ -177,14 +177,13 @@ def _confs(top: Path) -> list[Path]:
 
 
 def _end(pid: int) -> None:
+    """End the process, if it is of ours: its number may be another's since the lock was read."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        end = time.monotonic() + 3
-        while time.monotonic() < end:
-            if not _serves(pid):
-                return
-            time.sleep(0.01)
+        if _serves(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+            with contextlib.suppress(AssertionError):
+                wait_for(lambda: not alive(pid), 30)
 
 
 def _serves(pid: int) -> bool:
@@ -207,13 +206,13 @@ def clean_path(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def store(clean_path: Path) -> Store:
+def store(clean_path: Path) -> EngineStore:
     """An empty store."""
-    return Store(clean_path / "vz")
+    return EngineStore(clean_path / "vz")
 
 
 @pytest.fixture
-def small_store(store: Store, clean_path: Path) -> Store:
+def small_store(store: EngineStore, clean_path: Path) -> EngineStore:
     """A store with the template ``small``, made from ``make_source``."""
     store.create_template(SMALL, str(make_source(clean_path / "source")))
     return store

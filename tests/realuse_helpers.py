@@ -7,6 +7,7 @@ unmounted, and every serving process's log must be free of failures that the tes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from vzfs import Container, Store
+from tests.engines import DEFAULT, ENGINES, PATIENCE_S, EngineStore
+from vzfs import Container
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("VZFS_TEST_CACHE", "/var/tmp/vzfs-test-cache"))
@@ -44,20 +46,20 @@ def environment(**more: str) -> dict[str, str]:
 def vzfs(*args: str, root: Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
     """``vzfs --root ROOT ARGS`` in a process of its own, which must end with ``code``."""
     command = [sys.executable, "-m", "vzfs", "--root", str(root), *args]
-    done = subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=60, **options)
+    done = subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=5 * PATIENCE_S, **options)
     assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
 def run(*command: str | os.PathLike[str], **options: Any) -> str:
     """Run a program that must succeed; its standard output."""
-    options = {"text": True, "capture_output": True, "timeout": 300, **options}
+    options = {"text": True, "capture_output": True, "timeout": 5 * PATIENCE_S, **options}
     done = subprocess.run(command, **options)
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return str(done.stdout)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
     """Wait until ``condition`` holds; it must, within ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -138,6 +140,13 @@ def mounts_below(place: Path) -> list[str]:
     return [point for point in map(os.fsdecode, reversed(points)) if Path(point).is_relative_to(place)]
 
 
+def own_mounts() -> None:
+    """Give this process, which must be a forked one, a mount namespace of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(0x20000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWNS; os.unshare came with Python 3.12
+    run("mount", "--make-rprivate", "/")
+
+
 def unmount_below(place: Path) -> None:
     """Unmount whatever was left mounted at or below ``place``."""
     for point in mounts_below(place):
@@ -178,7 +187,7 @@ def bound(root: Path, *, proc: bool = True, ptys: bool = True) -> Iterator[None]
             wait_for(lambda point=point: subprocess.run(["umount", point], stderr=subprocess.DEVNULL).returncode == 0)  # type: ignore[misc]
 
 
-def chroot(root: Path, script: str, *, code: int = 0, timeout: float = 300) -> str:
+def chroot(root: Path, script: str, *, code: int = 0, timeout: float = 15 * PATIENCE_S) -> str:
     """Run a shell script in ``root`` with a clean environment; its output, standard error included."""
     proxies = {key: value for key, value in os.environ.items() if key.lower().endswith("_proxy")}
     done = subprocess.run(
@@ -338,9 +347,10 @@ def debian_tree() -> Path:
 class Rig:
     """A store for one test, and what must hold at its end; ``log_may_have`` are patterns of announced log lines."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, engine: str = DEFAULT) -> None:
         self.place = place
-        self.store = Store(place / "vz")
+        self.engine = engine
+        self.store = EngineStore(place / "vz", engine)
         self.log_may_have: list[str] = []
         self._containers: list[Container] = []
 
@@ -397,15 +407,19 @@ class Rig:
         ]
 
 
-@pytest.fixture(name="rig")
-def rig_fixture(tmp_path: Path) -> Iterator[Rig]:
+@pytest.fixture(name="rig", params=ENGINES)
+def rig_fixture(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     """A store of the test's own; see ``Rig``. Modules that use it import it, whatever linters think of that."""
-    one = Rig(tmp_path)
+    one = Rig(tmp_path, request.param)
     try:
         yield one
         one.finish()
     finally:
         unmount_below(tmp_path)
+
+
+one_engine = pytest.mark.parametrize("rig", [DEFAULT], indirect=True)
+"""For a test of ``rig`` that no engine can make fail but through what others test: it runs once."""
 
 
 def area(container: Container) -> Path:

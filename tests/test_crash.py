@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SMALL
+from tests.engines import ENGINES
 from tests.stateful_model import FileSystem, PosixFs, Row, TreeFs, copy_tree, snapshot
 from vzfs import Container, Store
 from vzfs.store import opened
@@ -29,7 +30,7 @@ from vzfs.store.lock import LOCK, read_holder
 from vzfs.store.sys import RENAME_EXCHANGE
 from vzfs.tree import own, tree
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 MOST_STEPS = 60
 
 Act = Callable[[FileSystem], object]
@@ -193,6 +194,8 @@ MOUNTED = [
     "user-acl-mkdir",
 ]
 """Cases that are tried on a mount, too; each crash there takes most of a second."""
+ENGINES_DIFFER = ["copy-up", "copy-up-truncating", "orphan", "orphan-replaced", "unlink-group-all", "user-create"]
+"""Those of them where a second engine asks the tree otherwise: it opens and creates by other calls."""
 
 
 # ------------------------------------------------------------------------------------------------------------ a program
@@ -434,11 +437,11 @@ def test_tree_killed_at_every_step(
 # ----------------------------------------------------------------------------------------------------------- on a mount
 
 
-def mount_to_die(container: Container, number: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mount_to_die(container: Container, engine: str, number: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Mount so that the server dies at its step ``number``."""
     with monkeypatch.context() as patch:
         patch.setenv(VARIABLE, f"*:{number}")
-        return container.mount(sync="none")
+        return container.mount(sync="none", engine=engine)
 
 
 def dies(container: Container) -> bool:
@@ -451,9 +454,12 @@ def dies(container: Container) -> bool:
     return (container.path / LOCK).read_bytes() != b""  # who ends in order leaves it empty
 
 
-@pytest.mark.parametrize("name", MOUNTED)
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [(name, engine) for engine in ENGINES for name in (MOUNTED if engine == ENGINES[0] else ENGINES_DIFFER)],
+)
 def test_mount_killed_at_every_step(
-    name: str, small_store: Store, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, engine: str, small_store: Store, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES[name]
     template = template_state(small_store)
@@ -461,7 +467,7 @@ def test_mount_killed_at_every_step(
     deaths = 0
     for number in range(1, MOST_STEPS):
         container = bench.prepared()
-        root = mount_to_die(container, number, monkeypatch)
+        root = mount_to_die(container, engine, number, monkeypatch)
         done, why = Program.start(directory(root), case.acts, case.uid).run()
         if not dies(container):
             assert (done, why) == (len(case.acts), "")
@@ -469,7 +475,8 @@ def test_mount_killed_at_every_step(
         deaths += 1
         assert done == len(case.acts) or why.startswith(("ENOTCONN", "ECONNABORTED")), why
         bench.mend(container, f"step {number}")
-        with container.mounted(sync="none") as again:  # over the dead mount, and over the dead process's lock
+        # Over the dead mount, and over the dead process's lock.
+        with container.mounted(sync="none", engine=engine) as again:
             bench.compare(state(PosixFs(again), bench.start_ns), done, f"step {number}")
         assert container.check() == []
         container.destroy()

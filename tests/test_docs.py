@@ -138,7 +138,7 @@ def test_the_example_for_lifecycle_managers_runs(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(example), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     first = run("101", "/bin/sh", "-c", "echo hello > /made; exit 3")
     assert (first.returncode, first.stderr) == (3, "")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import DEFAULT, ENGINES, each_engine
 from tests.realuse_helpers import (
     Rig,
     area,
@@ -40,10 +41,10 @@ MIB = 1 << 20
 
 
 @contextlib.contextmanager
-def rig_on(place: Path, size: int, filesystem: str = "ext4", *options: str) -> Iterator[Rig]:
+def rig_on(engine: str, place: Path, size: int, filesystem: str = "ext4", *options: str) -> Iterator[Rig]:
     """A store on a new small file system."""
     with loop_mounted(place / "image", place / "disk", size, filesystem, options) as disk:
-        rig = Rig(disk)
+        rig = Rig(disk, engine)
         try:
             yield rig
             rig.finish()
@@ -51,10 +52,10 @@ def rig_on(place: Path, size: int, filesystem: str = "ext4", *options: str) -> I
             unmount_below(disk / "vz")
 
 
-@pytest.fixture
-def full(tmp_path: Path) -> Iterator[Rig]:
+@pytest.fixture(params=ENGINES)
+def full(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     """A store on 64 MiB of ext4, with the template ``small`` and, as a witness, container 102."""
-    with rig_on(tmp_path, 64 * MIB, "ext4", "-b", "4096", "-m", "0") as rig:
+    with rig_on(request.param, tmp_path, 64 * MIB, "ext4", "-b", "4096", "-m", "0") as rig:
         rig.template("small", small_tree(tmp_path / "source"))
         rig.container(102)
         before = manifest(area(rig.store.container(102)))
@@ -109,6 +110,9 @@ def space(rig: Rig) -> tuple[int, int]:
 
 def staged(container: Container) -> list[str]:
     return os.listdir(container.path / "cow/stage")
+
+
+one_engine = pytest.mark.parametrize("full", [DEFAULT], indirect=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- copy-up
@@ -213,7 +217,7 @@ def test_unfolding_on_a_full_disk(full: Rig) -> None:
 
 
 def test_unfolding_without_inodes(tmp_path: Path) -> None:
-    with rig_on(tmp_path, 64 * MIB, "ext4", "-b", "4096", "-m", "0", "-N", "1400") as rig:
+    with rig_on(DEFAULT, tmp_path, 64 * MIB, "ext4", "-b", "4096", "-m", "0", "-N", "1400") as rig:
         container, root = rig.mounted()
         filler = Filler(rig)
         filler.take_inodes()
@@ -330,6 +334,7 @@ def test_nothing_is_ever_half_done(full: Rig) -> None:
 # ---------------------------------------------------------------------------------------------- templates, containers
 
 
+@one_engine
 def test_a_template_that_does_not_fit_leaves_nothing(full: Rig, tmp_path: Path) -> None:
     source = tmp_path / "large"
     source.mkdir()
@@ -349,6 +354,7 @@ def test_a_template_that_does_not_fit_leaves_nothing(full: Rig, tmp_path: Path) 
     assert sorted(os.listdir(full.root / "template/.vzfs")) == ["small"]
 
 
+@one_engine
 def test_a_container_that_does_not_fit_leaves_nothing(full: Rig) -> None:
     filler = Filler(full)
     filler.fill()
@@ -397,7 +403,7 @@ def link_on(folder: int) -> None:
 
 def test_the_link_farm_at_its_limit(tmp_path: Path) -> None:
     """ext4 allows 65,000 links; the ones beyond are symlinks of the container's own."""
-    with rig_on(tmp_path, 64 * MIB, "ext4", "-b", "4096", "-m", "0") as rig:
+    with rig_on(DEFAULT, tmp_path, 64 * MIB, "ext4", "-b", "4096", "-m", "0") as rig:
         rig.template()
         first = rig.container(101)
         crowd = rig.place / "crowd"
@@ -485,9 +491,10 @@ def shared_bytes(path: Path) -> int:
                 return shared
 
 
+@each_engine
 @pytest.mark.parametrize("filesystem", ["btrfs", "xfs"])
-def test_copies_share_their_blocks_where_the_file_system_can(tmp_path: Path, filesystem: str) -> None:
-    with rig_on(tmp_path, 400 * MIB, filesystem) as rig:
+def test_copies_share_their_blocks_where_the_file_system_can(engine: str, tmp_path: Path, filesystem: str) -> None:
+    with rig_on(engine, tmp_path, 400 * MIB, filesystem) as rig:
         source = small_tree(tmp_path / "source")
         content = os.urandom(MIB) * 64
         (source / "usr/large").write_bytes(content)

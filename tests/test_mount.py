@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import PATIENCE_S
 from tests.realuse_helpers import (
     Rig,
     alive,
@@ -29,6 +30,8 @@ from tests.realuse_helpers import (
     in_child,
     manifest,
     mounts_below,
+    one_engine,
+    own_mounts,
     rig_fixture,  # noqa: F401
     run,
     vzfs,
@@ -70,7 +73,7 @@ def test_the_root_is_usable_when_mount_returns(rig: Rig) -> None:
         assert (status.mounted, status.mountpoint, status.engine, status.read_only) == (
             True,
             str(root),
-            "pyfuse3",
+            rig.engine,
             False,
         )
         assert status.since is not None
@@ -115,6 +118,7 @@ def test_a_mounted_container_is_refused_by_whatever_path(rig: Rig) -> None:
     assert os.listdir(rig.place / "other") == []
 
 
+@one_engine
 def test_a_moved_container_is_the_same_container(rig: Rig) -> None:
     container = rig.container()
     with container.mounted() as root:
@@ -184,6 +188,7 @@ def test_mount_points(rig: Rig) -> None:
     assert container.mount() == rig.root / "root/101"
 
 
+@one_engine
 def test_folders_made_for_a_mount_point_are_nobody_elses(rig: Rig) -> None:
     container = rig.container()
     with container.mounted(rig.place / "a/b/c"):
@@ -191,6 +196,7 @@ def test_folders_made_for_a_mount_point_are_nobody_elses(rig: Rig) -> None:
             assert stat.S_IMODE(os.stat(rig.place / folder).st_mode) & 0o022 == 0
 
 
+@one_engine
 def test_the_conf_says_where_and_keeps_what_vzfs_does_not_know(rig: Rig) -> None:
     container = rig.container()
     conf = container.path / "conf"
@@ -227,7 +233,7 @@ def test_the_server_holds_nothing_of_its_starter(rig: Rig) -> None:
     here = rig.place / "here"
     here.mkdir()
     run("mount", "-t", "tmpfs", "none", here)
-    command = [sys.executable, "-m", "vzfs", "--root", rig.root, "mount", "101"]
+    command = [sys.executable, "-m", "vzfs", "--root", rig.root, "mount", "101", "--engine", rig.engine]
     with open(here / "open", "w") as file:
         os.set_inheritable(file.fileno(), True)
         done = subprocess.run(command, env=environment(), cwd=here, close_fds=False, capture_output=True)
@@ -408,7 +414,7 @@ def test_unlinked_open_files_are_gone_after_the_end(rig: Rig) -> None:
 def test_foreground_until_unmounted(rig: Rig) -> None:
     container = rig.container()
     process = subprocess.Popen(
-        [sys.executable, "-m", "vzfs", "--root", rig.root, "mount", "101", "--foreground"],
+        [sys.executable, "-m", "vzfs", "--root", rig.root, "mount", "101", "--foreground", "--engine", rig.engine],
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
@@ -418,7 +424,7 @@ def test_foreground_until_unmounted(rig: Rig) -> None:
         assert container.status().pid == process.pid
         assert (rig.root / "root/101/etc/motd").exists()
         container.umount()
-        _, log = process.communicate(timeout=10)
+        _, log = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 0
@@ -470,6 +476,7 @@ def test_read_only_everywhere_and_nothing_is_written(rig: Rig) -> None:
     clean(container)
 
 
+@one_engine
 def test_a_store_that_cannot_be_written_is_refused(rig: Rig) -> None:
     """The lock could not say who holds it, so not even a read-only mount."""
     rig.container()
@@ -489,6 +496,7 @@ def test_a_store_that_cannot_be_written_is_refused(rig: Rig) -> None:
     assert mounts_below(rig.place) == [str(frozen)]
 
 
+@one_engine
 def test_ordinary_users_are_told_so(rig: Rig) -> None:
     container = rig.container()
 
@@ -538,6 +546,7 @@ def test_a_store_is_closed_to_the_nodes_users(rig: Rig) -> None:
 # ------------------------------------------------------------------------------------------------------------- damage
 
 
+@one_engine
 def test_a_missing_or_damaged_template_is_named_to_the_caller(rig: Rig) -> None:
     container = rig.container()
     index = rig.root / "template/.vzfs/small/index"
@@ -597,7 +606,7 @@ def test_logs(rig: Rig) -> None:
     container.umount()
     lines = log_of(container).splitlines()
     assert all(f" {container.path}: INFO " in line for line in lines)
-    assert f"serving {container.path} at {root}, engine pyfuse3" in lines[0]
+    assert f"serving {container.path} at {root}, engine {rig.engine}" in lines[0]
     assert f"unmounted {root}" in lines[-1]
     assert stat.S_IMODE((container.path / "vzfs.log").stat().st_mode) & 0o022 == 0
     with container.mounted(log=str(rig.place / "my.log")):
@@ -609,25 +618,28 @@ def test_logs(rig: Rig) -> None:
     assert not container.status().mounted
 
 
-def test_logging_to_the_journal(rig: Rig, tmp_path: Path) -> None:
+def test_logging_to_the_journal(rig: Rig) -> None:
+    """In a mount namespace of its own, where no journal of the machine and no other test is at /dev/log."""
     container = rig.container()
-    where = Path("/dev/log")
-    if os.path.lexists(where):
-        with container.mounted(log="journal"):
-            pass
-        assert not (container.path / "vzfs.log").exists()
-        return
-    with pytest.raises(UnsupportedError, match=r"/dev/log"):
-        container.mount(log="journal")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
-        journal.bind(str(where))
-        try:
-            journal.settimeout(10)
+    dev = rig.place / "dev"
+    dev.mkdir()
+
+    def with_and_without_journal() -> None:
+        own_mounts()
+        for name in ("fuse", "null", "urandom"):
+            os.mknod(dev / name, 0o666 | stat.S_IFCHR, os.stat(f"/dev/{name}").st_rdev)
+        run("mount", "--rbind", dev, "/dev")
+        with pytest.raises(UnsupportedError, match=r"/dev/log"):
+            container.mount(log="journal")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+            journal.bind("/dev/log")
+            journal.settimeout(PATIENCE_S)
             with container.mounted(log="journal"):
                 pass
             assert b"serving" in journal.recv(65536)
-        finally:
-            where.unlink()
+
+    in_child(with_and_without_journal)
+    assert not (container.path / "vzfs.log").exists()
 
 
 FAILING = """
@@ -644,14 +656,14 @@ def nameless(*arguments):
 Tree.readlink = broken
 Tree.getxattr = nameless
 Tree.forget = broken
-Store(sys.argv[1]).container(101).serve(log=sys.argv[2])
+Store(sys.argv[1]).container(101).serve(log=sys.argv[2], engine=sys.argv[3])
 """
 
 
 def test_a_failing_handler_becomes_eio_and_the_mount_lives_on(rig: Rig) -> None:
     container = rig.container()
     log = rig.place / "log"
-    process = subprocess.Popen([sys.executable, "-c", FAILING, rig.root, log], env=environment())
+    process = subprocess.Popen([sys.executable, "-c", FAILING, rig.root, log, rig.engine], env=environment())
     root = rig.root / "root/101"
     try:
         wait_for(lambda: container.status().mounted)
@@ -663,7 +675,7 @@ def test_a_failing_handler_becomes_eio_and_the_mount_lives_on(rig: Rig) -> None:
             os.unlink(root / "etc/new")
         assert process.poll() is None
         container.umount()
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()
         process.wait()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import ENGINES
 from tests.realuse_helpers import (
     Item,
     Rig,
@@ -64,17 +65,17 @@ class Life:
         return "worker"
 
 
-@pytest.fixture(scope="module")
-def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
+@pytest.fixture(scope="module", params=ENGINES)
+def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
     place = tmp_path_factory.mktemp("real-use")
-    rig = Rig(place)
+    rig = Rig(place, request.param)
     try:
         rig.template("debian", debian_tree())
         container, root = rig.mounted(101, "debian")
         idle, idle_root = rig.mounted(102, "debian")
         (root / "etc/resolv.conf").write_bytes(Path("/etc/resolv.conf").read_bytes())
         proxy = run("apt-config", "dump", "Acquire::http::Proxy", "Acquire::https::Proxy")
-        (root / "etc/apt/apt.conf.d/99node").write_text(proxy)
+        (root / "etc/apt/apt.conf.d/99node").write_text(proxy + 'Acquire::Retries "5";\n')
         yield Life(rig, container, root, idle, idle_root)
         rig.finish()
     finally:
@@ -190,7 +191,7 @@ def test_a_database_with_shared_memory(life: Life) -> None:
         "cd /root && rm -f db*\n"
         "sqlite3 db 'PRAGMA journal_mode=WAL; CREATE TABLE t (n INTEGER PRIMARY KEY, s TEXT)'\n"
         "for w in 1 2 3 4; do (for n in $(seq 25); do\n"
-        "  sqlite3 -cmd '.timeout 20000' db \"INSERT INTO t (s) VALUES ('$w-$n')\"; done) & done; wait"
+        "  sqlite3 -cmd '.timeout 200000' db \"INSERT INTO t (s) VALUES ('$w-$n')\"; done) & done; wait"
     )
     assert life.sh("cd /root && sqlite3 db 'SELECT count(*), count(DISTINCT s) FROM t; PRAGMA integrity_check'") == (
         "100|100\nok\n"

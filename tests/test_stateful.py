@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 )
 
 from tests.conftest import SMALL
+from tests.engines import each_engine
 from tests.stateful_model import FileSystem, Pair, PosixFs, TreeFs, copy_tree, drop_kernel_cache
 from vzfs import Container, Store
 from vzfs.store.sys import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -102,15 +103,16 @@ class OnTree:
 class OnMount:
     """A mount."""
 
-    def __init__(self, container: Container) -> None:
+    def __init__(self, container: Container, engine: str) -> None:
         self._container = container
-        self._where = container.mount(sync="none")
+        self._engine = engine
+        self._where = container.mount(sync="none", engine=engine)
         self.fs = PosixFs(self._where)
 
     def remount(self) -> None:
         self._container.umount()
         self.check()
-        self._container.mount(sync="none")
+        self._container.mount(sync="none", engine=self._engine)
 
     def forget(self, each: int, first: int) -> None:
         drop_kernel_cache(self._where)  # the kernel decides what it forgets
@@ -498,5 +500,6 @@ def test_tree_agrees_with_a_plain_directory(small_store: Store, scratch: Path) -
     run(small_store, scratch, OnTree, examples=60, steps=50, long_examples=3000)
 
 
-def test_mount_agrees_with_a_plain_directory(small_store: Store, scratch: Path) -> None:
-    run(small_store, scratch, OnMount, examples=12, steps=50, long_examples=400)
+@each_engine
+def test_mount_agrees_with_a_plain_directory(small_store: Store, scratch: Path, engine: str) -> None:
+    run(small_store, scratch, lambda container: OnMount(container, engine), examples=12, steps=50, long_examples=400)

@@ -228,7 +228,7 @@ def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.stdin.close()
-        process.wait(10)
+        process.wait(60)
         process.stdout.close()
 
 
@@ -1053,11 +1053,11 @@ def test_a_creation_that_goes_on_is_left_alone(store: Store, tmp_path: Path) -> 
     def wait(phase: str, done: int, total: int | None) -> None:
         if phase == "indexing":
             reached.set()
-            go_on.wait(20)
+            go_on.wait(120)
 
     thread = threading.Thread(target=lambda: create_template(store.layout, SMALL, str(source), progress=wait))
     thread.start()
-    assert reached.wait(20)
+    assert reached.wait(120)
     settle(store, tiny)
     assert len(os.listdir(store.layout.templates_meta)) == 1
     go_on.set()

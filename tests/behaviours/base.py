@@ -27,8 +27,9 @@ FEATURES = frozenset(
     }
 )
 
-# A behaviour takes milliseconds on ext4, the one with 100,000 entries seconds; what takes longer than this hangs.
-TIME_LIMIT = 120.0
+# A behaviour takes milliseconds on ext4, the one with 100,000 entries seconds, on a busy machine ten times that;
+# what takes longer than this hangs.
+TIME_LIMIT = 600.0
 
 
 @dataclass(frozen=True, slots=True)
