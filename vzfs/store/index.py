@@ -36,6 +36,7 @@ names chosen to collide nor a full neighbourhood make it fail or slow.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import mmap
@@ -78,6 +79,7 @@ _DIRENT = struct.Struct("<QQII")  # fuse_dirent without its name
 _ATTR_AT = _ENTRY_OUT.size
 _DIRENT_AT = _ATTR_AT + _ATTR.size
 _NAME_AT = _DIRENT_AT + _DIRENT.size
+_DOT_SIZE = _NAME_AT + 8  # a record of ``.`` or ``..``
 _MODE_AT = _ATTR_AT + 60
 _XATTR = struct.Struct("<HI")
 _NS = 1_000_000_000
@@ -388,7 +390,7 @@ class Index:
         raw = self._map[: _HEADER.size - 4] + b"\0" * 4 + self._map[_HEADER.size : HEADER_SIZE]
         if zlib.crc32(raw) != crc or file_size != size or not self.count:
             raise self._damaged("its header is damaged or the file is cut short")
-        view = memoryview(self._map)
+        view = self._view = memoryview(self._map)
         columns: dict[str, memoryview] = {}
         at = HEADER_SIZE
         for name, code in _COLUMNS:
@@ -407,6 +409,7 @@ class Index:
         self._xattr = columns["xattr"]
         self._slots = view[slots_at : slots_at + 4 * slot_count].cast("I")
         self._mask = slot_count - 1
+        self._words = view[: size & ~3].cast("I")
         self.ino_base: int = ino_base
         try:
             about = json.loads(self._map[meta_at : meta_at + meta_len])
@@ -425,7 +428,7 @@ class Index:
     def intact(self) -> bool:
         """Whether the whole file still has the checksum it was written with; reads all of it."""
         checksum: bytes = self._checksum
-        return hashlib.sha256(memoryview(self._map)[HEADER_SIZE:]).digest() == checksum
+        return hashlib.sha256(self._view[HEADER_SIZE:]).digest() == checksum
 
     def find(self, parent: int, name: bytes) -> int:
         """Number of the entry ``name`` in directory ``parent``, or 0 when there is none."""
@@ -435,8 +438,11 @@ class Index:
             number: int = slots[probe & mask]
             if not number:
                 return 0
-            if parents[number] == parent and self.name(number) == name:
-                return number
+            if parents[number] == parent:
+                start = self._record[number] + _NAME_AT
+                length = len(name)
+                if self._map[start : start + length] == name and self._words[(start - 8) >> 2] == length:
+                    return number
         return self._bisect(parent, name)
 
     def _bisect(self, parent: int, name: bytes) -> int:
@@ -462,8 +468,7 @@ class Index:
     def name(self, number: int) -> bytes:
         """The entry's name; empty for the root."""
         at: int = self._record[number] + _NAME_AT
-        end = at + int.from_bytes(self._map[at - 8 : at - 4], "little")
-        return self._map[at:end]
+        return self._map[at : at + self._words[(at - 8) >> 2]]
 
     def path(self, number: int) -> bytes:
         """The entry's path below the template's root, without leading slash."""
@@ -480,8 +485,8 @@ class Index:
 
     def mode(self, number: int) -> int:
         """The entry's ``st_mode``."""
-        at: int = self._record[number] + _MODE_AT
-        return int.from_bytes(self._map[at : at + 4], "little")
+        mode: int = self._words[(self._record[number] + _MODE_AT) >> 2]
+        return mode
 
     def is_directory(self, number: int) -> bool:
         """Whether the entry is a directory."""
@@ -535,7 +540,23 @@ class Index:
     def listing(self, number: int) -> memoryview:
         """The ready-made body of a directory's READDIRPLUS answer."""
         at: int = self._blob[number]
-        return memoryview(self._map)[at : at + self._blob_len[number]]
+        return self._view[at : at + self._blob_len[number]]
+
+    def listing_part(self, number: int, given: int, size: int) -> memoryview:
+        """As many whole records of a directory's listing as fit into ``size`` bytes, after the first ``given`` ones."""
+        start: int = self._blob[number]
+        end = start + self._blob_len[number]
+        first: int = self.first_child[number]
+        beyond = first + self.child_count[number]
+        child = first + max(given - 2, 0)
+        at = start + given * _DOT_SIZE
+        if given >= 2:
+            at = self._record[child] if child < beyond else end
+        if end - at > size:
+            after = bisect.bisect_right(self._record, at + size, child, beyond)
+            # Up to the last record that begins within the space, for that one may end outside; or as many dots as fit.
+            end = self._record[after - 1] if after > child else at + size // _DOT_SIZE * _DOT_SIZE
+        return self._view[at:end]
 
     def target(self, number: int) -> bytes:
         """Text of a symbolic link."""

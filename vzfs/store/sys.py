@@ -39,6 +39,7 @@ _AT_SYMLINK_NOFOLLOW = 0x100
 _STATX_BTIME = 0x800  # <linux/stat.h>
 _STATX_SIZE = 256
 _STATX_BTIME_AT = 80
+_DIRENT64 = struct.Struct("=QqHB")  # <linux/dirent.h>, without the name
 
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
 
@@ -117,6 +118,27 @@ def reserve(fd: int, size: int) -> None:
 def syncfs(fd: int) -> None:
     """Write everything of the file system that holds ``fd`` to the disk (syncfs(2))."""
     _check(_libc.syncfs(fd))
+
+
+def read_directory(fd: int, cookie: int, size: int) -> list[tuple[bytes, int]]:
+    """Names in the directory ``fd`` after the place ``cookie``, as many as have room in ``size`` bytes, each with the
+    cookie of the place after it (getdents64(2)).
+
+    Cookies are the file system's own, 0 being the beginning: names that stay are told exactly once, whatever comes and
+    goes meanwhile. Nothing is told at the end.
+    """
+    os.lseek(fd, cookie, os.SEEK_SET)
+    buffer = ctypes.create_string_buffer(size)
+    length = _check(_libc.getdents64(fd, buffer, ctypes.c_size_t(size)))
+    data = buffer.raw
+    found = []
+    at = 0
+    while at < length:
+        _, next_cookie, record_length, _ = _DIRENT64.unpack_from(data, at)
+        start = at + _DIRENT64.size
+        found.append((data[start : data.index(0, start)], next_cookie))
+        at += record_length
+    return found
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -5,6 +5,8 @@ Rules:
   entries of folded directories need no memory, whatever the kernel knows of them.
 - Numbers: 1 is the root; a template's entries have ``base + leader``; everything else has the inode number it has in
   the private area's file system, shifted by ``PRIVATE_SHIFT`` if a template could have that number.
+- ``_folded`` knows directories that are folded for certain, wherever they lie now. A directory leaves it when it is
+  unfolded or removed; then all below it are still what they were.
 - All methods are called under the tree's lock.
 """
 
@@ -14,6 +16,7 @@ import errno
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable
 
 from vzfs.errors import VzfsError
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 
 PRIVATE_SHIFT = 1 << 52
 """Added to inode numbers of the private area that reach into the templates' range; still exact as a double."""
+FOLDED_CACHE = 1 << 16
+"""Numbers of directories remembered as folded, about 100 bytes each."""
 NAME_MAX = 255
 _NO_NAMES = (b"", b".", b"..")
 """Bytes of a name, as on ext4; the kernel lets longer ones through to a FUSE server."""
@@ -52,9 +57,13 @@ class Nodes:
         self._templates: dict[str, OpenTemplate] = {}
         self._table: dict[int, Node] = {}
         self._by_backing: dict[int, Node] = {}
-        self._known_folded: set[int] = set()  # numbers of directories inside folded ones, until the next unfolding
-        self.groups = self._load_groups()
-        template = self._templates[os_template] = load_template(os_template)
+        self._folded: dict[int, OpenTemplate] = {}
+        self._records = set(list_names(area.links_fd))  # of templates that are not open yet
+        self.groups: set[int] = set()  # numbers of link groups that have a record
+        self._uneven: Counter[int] = (
+            Counter()
+        )  # directories whose listing in the index is wrong of a member's link group
+        template = self._add_template(os_template)
         self.root = Node(ROOT_NUMBER, Kind.DIRECTORY, template.base, template, 0)
         self.root.backing = os.stat(sys.fd_path(area.root_fd)).st_ino
         self.root.lookups = 1
@@ -70,11 +79,19 @@ class Nodes:
         known = self._templates.get(name)
         if known is None:
             try:
-                known = self._load_template(name)
+                known = self._add_template(name)
             except VzfsError as error:
                 raise OSError(errno.EIO, str(error)) from error
-            self._templates[name] = known
         return known
+
+    def _add_template(self, name: str) -> OpenTemplate:
+        template = self._templates[name] = self._load_template(name)
+        prefix = name.encode() + b":"
+        for key in [key for key in self._records if key.startswith(prefix)]:
+            entry = key.removeprefix(prefix)
+            if entry.isdigit() and int(entry) < template.index.count and template.group_key(int(entry)) == key:
+                self.add_group(template, int(entry))
+        return template
 
     def close(self) -> None:
         """Close the templates."""
@@ -98,8 +115,28 @@ class Nodes:
         entry = int(entry_text)
         return (template, entry) if entry < template.index.count else None
 
-    def _load_groups(self) -> set[bytes]:
-        return set(list_names(self.area.links_fd))
+    def add_group(self, template: OpenTemplate, entry: int) -> None:
+        """Say that the link group of ``entry`` has a record now."""
+        number = template.base + template.index.leader[entry]
+        if number not in self.groups:
+            self.groups.add(number)
+            self._uneven.update(self._holders(template, entry))
+
+    def end_group(self, template: OpenTemplate, entry: int) -> None:
+        """Say that the link group of ``entry`` has no record any more."""
+        number = template.base + template.index.leader[entry]
+        if number in self.groups:
+            self.groups.remove(number)
+            self._uneven.subtract(self._holders(template, entry))
+
+    @staticmethod
+    def _holders(template: OpenTemplate, entry: int) -> list[int]:
+        index = template.index
+        return [template.base + index.parent[member] for member in index.members(entry)]
+
+    def _in_group(self, template: OpenTemplate, entry: int) -> bool:
+        """Whether the entry has several names in the template or this container, or had."""
+        return template.index.next_link[entry] != entry or template.base + entry in self.groups
 
     # ---------------------------------------------------------------------------------------- from number to node
 
@@ -112,19 +149,18 @@ class Nodes:
         if template is None:
             raise OSError(errno.ESTALE, "unknown node")
         entry = number - template.base
-        if number in self._known_folded:
+        if number in self._folded:
             return self._unchanged(template, entry)
         index = template.index
-        if index.next_link[entry] != entry or template.group_key(entry) in self.groups:
+        if self._in_group(template, entry):
             return self._group_node(template, entry)
         if not entry:
             return Node(number, Kind.FOLDED, number, template, 0)
         parent_number = self._number(template, index.parent[entry])
-        if parent_number not in self._known_folded:
+        if parent_number not in self._folded:
             parent = self.get(parent_number)
             if parent.kind is Kind.DIRECTORY:
                 return self._found_at_default_place(parent, number, index.name(entry))
-            self._known_folded.add(parent_number)
         return self._unchanged(template, entry)
 
     def registered(self, number: int) -> Node | None:
@@ -134,7 +170,66 @@ class Nodes:
     def _unchanged(self, template: OpenTemplate, entry: int) -> Node:
         kind = Kind.FOLDED if template.index.is_directory(entry) else Kind.TEMPLATE
         number = self._number(template, entry)
+        if kind is Kind.FOLDED:
+            self._note_folded(number, template)
         return Node(number, kind, number, template, entry)
+
+    def _note_folded(self, number: int, template: OpenTemplate) -> None:
+        if len(self._folded) >= FOLDED_CACHE:
+            self._folded.clear()
+        self._folded[number] = template
+
+    def folded(self, number: int) -> OpenTemplate | None:
+        """The template of the directory ``number`` if that is certainly folded; asks the disk nothing."""
+        template = self._folded.get(number)
+        if template is not None:
+            return template
+        template = self._template_of(number)
+        if template is None or not template.index.is_directory(number - template.base):
+            return None
+        above, parents = number, template.index.parent
+        while above not in self._folded:
+            node = self._table.get(above)
+            if node is not None:
+                if node.dead or node.kind is not Kind.FOLDED:
+                    return None
+                break
+            if above == template.base:
+                return None
+            above = template.base + parents[above - template.base]
+        self._note_folded(number, template)
+        return template
+
+    def unchanged(self, number: int) -> tuple[OpenTemplate, int] | None:
+        """Template and entry of the node if it is certainly as in the index; asks the disk nothing."""
+        node = self._table.get(number)
+        if node is not None:
+            if node.dead or (node.kind is not Kind.TEMPLATE and node.kind is not Kind.FOLDED):
+                return None
+            assert node.template is not None
+            return node.template, node.entry
+        if number in self.groups:
+            return None
+        template = self._folded.get(number)
+        if template is not None:
+            return template, number - template.base
+        template = self._template_of(number)
+        if template is None:
+            return None
+        entry, index = number - template.base, template.index
+        if index.next_link[entry] != entry or self.folded(template.base + index.parent[entry]) is not None:
+            return template, entry
+        return None
+
+    def even_listing(self, number: int) -> tuple[OpenTemplate, int] | None:
+        """Template and entry of a directory whose listing is certainly the index's; asks the disk nothing."""
+        template = self.folded(number)
+        if template is None or (self._uneven and self._uneven[number]):
+            return None
+        node = self._table.get(number)
+        if node is not None and node.parent is not None:  # elsewhere, so ``..`` is another one
+            return None
+        return template, number - template.base
 
     def _found_at_default_place(self, parent: Node, number: int, name: bytes) -> Node:
         node = self.child(parent, name)
@@ -175,8 +270,7 @@ class Nodes:
         known = self._table.get(number)
         if known is not None and not known.dead:
             return known
-        index = template.index
-        if index.next_link[entry] != entry or (self.groups and template.group_key(entry) in self.groups):
+        if self._in_group(template, entry):
             return self._group_node(template, entry)
         return self._unchanged(template, entry)
 
@@ -188,15 +282,14 @@ class Nodes:
         if template is None or entry is None or self._number(template, entry) == ROOT_NUMBER:
             log.error("%r is a malformed or dangling magic link: %r", name, text)
             raise OSError(errno.EIO, "malformed or dangling magic link", name)
-        index = template.index
-        if index.next_link[entry] != entry or template.group_key(entry) in self.groups:
+        if self._in_group(template, entry):
             return self._group_node(template, entry)
         number = template.base + entry
         node = self._table.get(number)
         if node is not None:
             return node
         node = self._unchanged(template, entry)
-        if info.st_nlink == 1 and read_record(self._at(parent, name)) is not None:
+        if info.st_nlink == 1 and not node.is_directory and read_record(self._at(parent, name)) is not None:
             node.kind = Kind.RECORD
         self.place(node, parent, name)
         if node.moved or node.kind is Kind.RECORD:
@@ -210,11 +303,11 @@ class Nodes:
         node = self._table.get(number)
         if node is not None and not node.dead:
             return node
-        key = template.group_key(leader)
-        if key not in self.groups:
+        if number not in self.groups:
             node = Node(number, Kind.TEMPLATE, number, template, leader, group=True)
             self.register(node)
             return node
+        key = template.group_key(leader)
         info = os.lstat(key, dir_fd=self.area.links_fd)
         known = self._by_backing.get(info.st_ino)
         if known is not None:
@@ -373,6 +466,7 @@ class Nodes:
         """Say that the node has no name any more."""
         node.dead = True
         node.lost = False
+        self._folded.pop(node.number, None)
         self._by_backing.pop(node.backing, None)
         if node.lookups > 0:
             self.area.hold(node)  # a process may be in it: to the kernel, a new node of its number would be its end
@@ -421,7 +515,7 @@ class Nodes:
 
     def unfolded(self, node: Node, backing: int) -> None:
         """The folded directory has become the real one ``backing``."""
-        self._known_folded.clear()
+        self._folded.pop(node.number, None)
         self.set_own(node, Kind.DIRECTORY, backing)
         self.register(node)
 
@@ -523,7 +617,7 @@ class Nodes:
     def group_nlink(self, node: Node) -> int:
         """How many names the node's link group has in this container."""
         assert node.template is not None
-        if node.template.group_key(node.entry) not in self.groups:
+        if node.template.base + node.template.index.leader[node.entry] not in self.groups:
             return node.template.index.attributes(node.entry).nlink
         try:
             nlink = int(os.getxattr(sys.entry_path(*self.location(node)), NLINK_XATTR, follow_symlinks=False))

@@ -265,7 +265,7 @@ class Owner:
         step("link-group:staged")
         os.rename(staged, key, src_dir_fd=stage, dst_dir_fd=self._area.links_fd)
         step("link-group:renamed")
-        self._nodes.groups.add(key)
+        self._nodes.add_group(node.template, node.entry)
 
     def make_group(self, node: Node) -> None:
         """Let a template entry with one name become a link group, so that it can have more."""
@@ -310,7 +310,7 @@ class Owner:
             else:
                 os.unlink(key, dir_fd=self._area.links_fd)
         step("link-group:ended")
-        self._nodes.groups.discard(key)
+        self._nodes.end_group(node.template, node.entry)
 
     # ------------------------------------------------------------------------------------------------------ orphans
 

@@ -33,10 +33,11 @@ from vzfs.store.opened import OpenTemplate
 from vzfs.store.ownlink import make_own_link, read_own_link
 from vzfs.store.record import Record
 from vzfs.tree.area import PrivateArea, Sync, list_names
-from vzfs.tree.listing import Listing
+from vzfs.tree.listing import REAL_OFFSETS, Listing, list_folded, list_real
 from vzfs.tree.node import Entry, Handle, Kind, Node, Readers
 from vzfs.tree.nodes import Nodes, check_name
 from vzfs.tree.own import Owner, no_space
+from vzfs.tree.ready import Ready
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,9 @@ class Tree:
             self._area.close()
             raise
         self._owner = Owner(self._nodes, self._area, sync, readers)
+        ready = Ready(self._nodes, self.lock)
+        self.ready_lookup, self.ready_attributes = ready.lookup, ready.attributes
+        self.ready_listing, self.ready_xattr = ready.listing, ready.no_xattrs
 
     def close(self) -> None:
         """Close all files and descriptors; unlinked ones are gone."""
@@ -176,6 +180,30 @@ class Tree:
     def listing(self, number: int) -> Listing:
         """Start listing the directory ``number``."""
         return Listing(number, self._names, self._describe)
+
+    def list_real(self, number: int, offset: int, size: int) -> Iterator[tuple[bytes, Entry | None, int]]:
+        """List the directory ``number`` after ``offset`` (0, or what was given with a name) without keeping it open.
+
+        Yields name, what it is (``None``: gone), and the offset after it; ``size`` bytes are about what will be used of
+        it, as a READDIRPLUS answer. Names that stay are given exactly once while others come and go, also if the
+        directory is unfolded meanwhile. Offsets: see ``vzfs.tree.listing``.
+        """
+        with self.lock:
+            node = self._directory(number)
+            if node.dead:
+                return
+            template, real = node.template, node.kind is Kind.DIRECTORY
+            fd = os.dup(self._nodes.directory_fd(node)) if real else -1
+        try:
+            if real and (offset == 0 or offset >= REAL_OFFSETS):
+                names = list_real(fd, offset, size)
+            else:
+                names = list_folded(template.index, node.entry, offset) if template else iter(())
+            for name, after in names:
+                yield name, self._describe(number, name), after
+        finally:
+            if real:
+                os.close(fd)
 
     def slow_to_list(self, number: int) -> bool:
         """Whether reading the names of the directory is long work, to be done in a thread."""
