@@ -12,6 +12,8 @@ from vzfs.store.index import Attributes, Index
 from vzfs.store.layout import ORIGIN_XATTR, Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import MagicLink
 
+_READING = os.O_RDONLY | os.O_NOATIME | os.O_NOFOLLOW
+
 
 def template_names(layout: Layout) -> list[str]:
     """Names of the store's templates, sorted."""
@@ -41,7 +43,7 @@ def open_index(layout: Layout, name: str) -> Index:
 class OpenTemplate:
     """One template in use. Node and inode number of its entry ``n`` is ``base + leader[n]``."""
 
-    __slots__ = ("_farm_fd", "_root_fd", "base", "end", "index", "name")
+    __slots__ = ("_farm_fd", "_plain_fd", "_root_fd", "base", "end", "index", "name")
 
     def __init__(self, layout: Layout, name: str) -> None:
         paths = layout.template(name)
@@ -49,7 +51,11 @@ class OpenTemplate:
         self.index = open_index(layout, name)
         self.base = self.index.ino_base
         self.end = self.base + self.index.count
-        self._root_fd = os.open(paths.tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._plain_fd = os.open(paths.tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._root_fd = sys.clone_mount(sys.fd_path(self._plain_fd))
+        except OSError:  # not permitted in a container, unknown to an old kernel: then O_NOATIME must do
+            self._root_fd = os.dup(self._plain_fd)
         try:
             self._farm_fd = os.open(paths.links, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -57,15 +63,22 @@ class OpenTemplate:
 
     def close(self) -> None:
         """Close the descriptors."""
-        for fd in (self._root_fd, self._farm_fd):
+        for fd in (self._plain_fd, self._root_fd, self._farm_fd):
             if fd >= 0:
                 os.close(fd)
-        self._root_fd = self._farm_fd = -1
+        self._plain_fd = self._root_fd = self._farm_fd = -1
 
     def open_file(self, entry: int) -> int:
-        """A descriptor to read the regular file ``entry``, whose access time it leaves alone."""
-        path = self.index.path(entry)
-        return sys.openat2(self._root_fd, path, os.O_RDONLY | os.O_NOATIME | os.O_NOFOLLOW)
+        """A descriptor to read the regular file ``entry``.
+
+        Where the kernel permits, it is on a mount of its own on which nothing can be written, whoever gets hold of the
+        descriptor and reopens it, and no access time changes.
+        """
+        return sys.openat2(self._root_fd, self.index.path(entry), _READING)
+
+    def open_source(self, entry: int) -> int:
+        """A descriptor to copy the regular file ``entry`` from: blocks are not shared across mounts before 5.18."""
+        return sys.openat2(self._plain_fd, self.index.path(entry), _READING)
 
     def link_text(self, entry: int) -> bytes:
         """Text of the magic link to ``entry``."""

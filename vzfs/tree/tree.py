@@ -326,7 +326,7 @@ class Tree:
             if not stat.S_ISREG(attributes.mode):
                 self._owner.stage_special(node, staged)
                 return
-            source = node.template.open_file(node.entry)
+            source = node.template.open_source(node.entry)
             try:
                 self._owner.stage_file(source, staged, attributes.size if size is None else min(size, attributes.size))
             finally:
@@ -434,13 +434,22 @@ class Tree:
     ) -> tuple[Made, Entry]:
         """Let ``make`` make ``name`` as the caller's own, and give what it gave; ``name`` never has another owner."""
         fd = self._nodes.directory_fd(directory)
-        folder = os.stat(sys.fd_path(fd))
-        gid = folder.st_gid if folder.st_mode & stat.S_ISGID else None
+        gid = _given_group(fd)
         if caller.uid == os.geteuid() and (gid is not None or caller.gid == os.getegid()):
             with _masked(caller.umask):
                 made = make(fd, name)
             step("make:made")
             return made, self._adopt(directory, fd, name)
+        with self._made_on_stage(fd, gid, caller, make) as (made, stage, staged):
+            sys.renameat2(stage, staged, fd, name, sys.RENAME_NOREPLACE)
+            step("make:named")
+        return made, self._adopt(directory, fd, name)
+
+    @contextlib.contextmanager
+    def _made_on_stage(
+        self, fd: int, gid: int | None, caller: Caller, make: Callable[[int, bytes], Made]
+    ) -> Iterator[tuple[Made, int, bytes]]:
+        """What ``make`` made for the directory ``fd``, which gives it the group ``gid``; removed if the block fails."""
         with self._owner.folder_like(fd) as stage:
             staged = self._area.stage_name()
             try:
@@ -450,12 +459,10 @@ class Tree:
                 _give_to(stage, staged, caller.uid, caller.gid if gid is None else gid)
                 if gid is not None and stat.S_ISDIR(os.lstat(staged, dir_fd=stage).st_mode):
                     _add_mode(stage, staged, stat.S_ISGID)
-                sys.renameat2(stage, staged, fd, name, sys.RENAME_NOREPLACE)
-                step("make:named")
+                yield made, stage, staged
             except BaseException:
                 sys.remove_tree(stage, staged)
                 raise
-        return made, self._adopt(directory, fd, name)
 
     def _adopt(self, directory: Node, fd: int, name: bytes) -> Entry:
         """Give the just made ``name`` a node; if that fails, it is unmade."""
@@ -479,17 +486,26 @@ class Tree:
                     handle = self.open(present.number, flags, caller)
                     present.lookups += 1
                     return handle, self._nodes.entry(present)
-            making = flags & _BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with contextlib.ExitStack() as on_failure:
-
-                def make(fd: int, name: bytes) -> int:
-                    backing = os.open(name, making, mode & 0o7777, dir_fd=fd)
-                    on_failure.callback(os.close, backing)
-                    return backing
-
+            with _making_file(mode, flags) as make:
                 backing, entry = self._make_in(directory, name, caller, make)
-                on_failure.pop_all()
             return self._add_handle(self._nodes.get(entry.number), backing, flags), entry
+
+    def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Handle, Entry]:
+        """Make a regular file without a name and open it (``O_TMPFILE``); ``link`` may give it one."""
+        self._own_directory(parent)
+        with self.lock:
+            fd = self._nodes.directory_fd(self._living_directory(parent))
+            with (
+                _making_file(mode, flags) as make,
+                self._made_on_stage(fd, _given_group(fd), caller, make) as (backing, stage, staged),
+            ):
+                node = self._nodes.new_own(Kind.OWN, os.fstat(backing).st_ino)
+                self._owner.move_to_orphans(node, stage, staged)
+            node.dead = True
+            node.lookups += 1
+            node.last = self._nodes.attributes(node)
+            self._nodes.register(node)
+            return self._add_handle(node, backing, flags), self._nodes.entry(node)
 
     def link(self, number: int, parent: int, name: bytes) -> Entry:
         """Make ``name`` one more hard link to the node."""
@@ -501,11 +517,11 @@ class Tree:
             fd = self._nodes.directory_fd(directory)
             if node.is_directory:
                 raise PermissionError(errno.EPERM, "a directory has one name", name)
-            if node.dead:
-                raise FileNotFoundError(errno.ENOENT, "the node was unlinked", name)
             if self._exists(fd, name):
                 raise FileExistsError(errno.EEXIST, "exists", name)
-            if node.kind is Kind.OWN and not node.group:
+            if node.dead:
+                self._name_again(node, directory, fd, name)
+            elif node.kind is Kind.OWN and not node.group:
                 source, source_name = self._nodes.location(node)
                 os.link(source_name, name, src_dir_fd=source, dst_dir_fd=fd, follow_symlinks=False)
                 self._nodes.add_name(node, directory, name)
@@ -513,6 +529,17 @@ class Tree:
                 self._link_group(node, fd, name)
             node.lookups += 1
             return self._nodes.entry(node)
+
+    def _name_again(self, node: Node, directory: Node, fd: int, name: bytes) -> None:
+        """Give an own file a name that has none."""
+        if not node.orphan or node.group:
+            raise FileNotFoundError(errno.ENOENT, "the node was unlinked", name)
+        backing = os.lstat(node.orphan, dir_fd=self._area.orphans_fd).st_ino
+        sys.renameat2(self._area.orphans_fd, node.orphan, fd, name, sys.RENAME_NOREPLACE)
+        step("orphan:named")
+        node.orphan, node.dead, node.last = b"", False, None
+        self._nodes.set_own(node, Kind.OWN, backing)
+        self._nodes.place(node, directory, name)
 
     def _link_group(self, node: Node, fd: int, name: bytes) -> None:
         assert node.template is not None
@@ -1084,6 +1111,12 @@ def _is_reserved(name: bytes) -> bool:
     return name.startswith(RESERVED_PREFIX.encode())
 
 
+def _given_group(folder: int) -> int | None:
+    """The group that a directory gives to what is made in it, if it does."""
+    info = os.stat(sys.fd_path(folder))
+    return info.st_gid if info.st_mode & stat.S_ISGID else None
+
+
 def _give_to(folder: int, name: bytes, uid: int, gid: int) -> None:
     """Set the owner of the new ``name`` and keep its mode, from which chown(2) takes bits."""
     mode = os.lstat(name, dir_fd=folder).st_mode
@@ -1096,6 +1129,21 @@ def _add_mode(folder: int, name: bytes, bits: int) -> None:
     mode = stat.S_IMODE(os.lstat(name, dir_fd=folder).st_mode)
     if bits & ~mode:
         os.chmod(name, mode | bits, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _making_file(mode: int, flags: int) -> Iterator[Callable[[int, bytes], int]]:
+    """What makes and opens a regular file with the flags of open(2); it is closed again if the block fails."""
+    making = flags & _BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.ExitStack() as on_failure:
+
+        def make(fd: int, name: bytes) -> int:
+            backing = os.open(name, making, mode & 0o7777, dir_fd=fd)
+            on_failure.callback(os.close, backing)
+            return backing
+
+        yield make
+        on_failure.pop_all()
 
 
 @contextlib.contextmanager
