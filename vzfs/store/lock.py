@@ -29,7 +29,8 @@ PROBE_TRIES = 10
 class Holder:
     """Who holds a lock: a process, what it does, and what it serves; ``since`` in seconds since 1970.
 
-    ``device`` is the served file system's ``major:minor``.
+    ``device`` is the served file system's ``major:minor``; ``state`` the process's descriptor of what it counts
+    (``vzfs.fuse.state``).
     """
 
     pid: int
@@ -39,6 +40,7 @@ class Holder:
     engine: str | None = None
     read_only: bool = False
     device: str | None = None
+    state: int | None = None
 
 
 class Lock:

@@ -1,7 +1,7 @@
 """What a tree counts of its own work.
 
-Rule: the tree increments the attributes (``counters.copy_ups += 1``) under its lock and never reads or resets them. Where
-the counts are kept is the engine's business: ``keep_in`` moves them into memory that others see.
+Rule: the tree increments the attributes (``counters.copy_ups += 1``) under its lock and never reads or resets them.
+Where the counts are kept is the engine's business: ``keep_in`` moves them into memory that others see.
 """
 
 from __future__ import annotations
