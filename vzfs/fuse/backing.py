@@ -4,8 +4,8 @@ Rules:
 - One node has one backing file as long as anybody has it open; the kernel refuses another meanwhile.
 - A registration outlives its last close while it is useful, because making one costs more than all else in an open;
   the least recently closed ones go when there are too many.
-- What is registered stands in memory that a successor of this process maps, with how often it is open: a registration is
-  the kernel's and lives on.
+- What is registered stands in memory that a successor of this process maps, with how often it is open: a registration
+  is the kernel's and lives on.
 
 Called under the tree's lock.
 """
@@ -18,13 +18,12 @@ from collections.abc import Iterator
 
 from vzfs.fuse import wire
 from vzfs.fuse.device import Device
+from vzfs.fuse.state import BACKING_WORDS
 
 log = logging.getLogger(__name__)
 
-IDLE = 1024
+IDLE = 8192
 """Registrations kept though nothing has the file open; each pins one inode and one struct file in the kernel."""
-_WORDS = 3
-"""Words of a slot: node number (0: free), backing id, how often it is open."""
 
 
 class Backing:
@@ -39,30 +38,32 @@ class Backing:
         self.own = own
         self.count = count
         self.stale = False  # the node is gone or has other data now: to be closed with the last who has it open
-        flags = wire.FOPEN_PASSTHROUGH | wire.FOPEN_KEEP_CACHE | wire.FOPEN_NOFLUSH
-        self.answer = wire.OPEN_OUT.pack(0, flags, backing_id)
+        # The kernel takes no FOPEN_KEEP_CACHE beside passthrough (fs/fuse/iomode.c).
+        self.answer = wire.OPEN_OUT.pack(0, wire.FOPEN_PASSTHROUGH | wire.FOPEN_NOFLUSH, backing_id)
 
 
 class BackingFiles:
-    """The registrations of one mount. ``slots`` is the shared memory, ``_WORDS`` words for each."""
+    """The registrations of one mount. ``slots`` is the shared memory (``state.BACKING``)."""
 
     def __init__(self, device: Device, slots: memoryview) -> None:
         self._device = device
         self._slots = slots
         self._known: dict[int, Backing] = {}
         self._idle: OrderedDict[int, Backing] = OrderedDict()
-        self._free = [slot for slot in range(len(slots) // _WORDS - 1, -1, -1) if not slots[slot * _WORDS]]
+        self._free = [
+            slot for slot in range(len(slots) // BACKING_WORDS - 1, -1, -1) if not slots[slot * BACKING_WORDS]
+        ]
 
     def inherited(self) -> Iterator[tuple[int, int]]:
         """Node number and open count of what a predecessor registered; to be given to ``inherit`` one by one."""
-        for at in range(0, len(self._slots), _WORDS):
+        for at in range(0, len(self._slots), BACKING_WORDS):
             if self._slots[at]:
                 yield self._slots[at], self._slots[at + 2]
 
     def inherit(self, *, own: frozenset[int]) -> None:
         """Take over a predecessor's registrations; ``own`` are the numbers of nodes that are the container's."""
-        for slot in range(len(self._slots) // _WORDS):
-            number, backing_id, count = self._slots[slot * _WORDS : slot * _WORDS + _WORDS]
+        for slot in range(len(self._slots) // BACKING_WORDS):
+            number, backing_id, count = self._slots[slot * BACKING_WORDS : slot * BACKING_WORDS + BACKING_WORDS]
             if number:
                 backing = Backing(number, backing_id, slot, own=number in own, count=count)
                 self._known[number] = backing
@@ -86,7 +87,7 @@ class BackingFiles:
             return None
         slot = self._free.pop()
         backing = self._known[number] = Backing(number, backing_id, slot, own=own)
-        at = slot * _WORDS
+        at = slot * BACKING_WORDS
         self._slots[at + 1], self._slots[at + 2] = backing_id, 0
         self._slots[at] = number  # last: only now the slot counts
         self._idle[number] = backing
@@ -95,7 +96,7 @@ class BackingFiles:
     def opened(self, backing: Backing) -> bool:
         """Count one more opening; whether it is the first."""
         backing.count += 1
-        self._slots[backing.slot * _WORDS + 2] = backing.count
+        self._slots[backing.slot * BACKING_WORDS + 2] = backing.count
         if backing.count > 1:
             return False
         self._idle.pop(backing.number, None)
@@ -107,7 +108,7 @@ class BackingFiles:
         if backing is None or not backing.count:
             return False
         backing.count -= 1
-        self._slots[backing.slot * _WORDS + 2] = backing.count
+        self._slots[backing.slot * BACKING_WORDS + 2] = backing.count
         if backing.count:
             return False
         if backing.stale:
@@ -134,7 +135,7 @@ class BackingFiles:
 
     def _close(self, backing: Backing) -> None:
         del self._known[backing.number]
-        self._slots[backing.slot * _WORDS] = 0
+        self._slots[backing.slot * BACKING_WORDS] = 0
         self._free.append(backing.slot)
         try:
             self._device.close_backing(backing.backing_id)

@@ -63,7 +63,8 @@ class Device:
         stacked file system.
         """
         wanted = bytearray(wire.BACKING_MAP.pack(fd, 0, 0))  # only a mutable argument brings the id back
-        return fcntl.ioctl(self.fd, wire.BACKING_OPEN, wanted)
+        backing_id: int = fcntl.ioctl(self.fd, wire.BACKING_OPEN, wanted)
+        return backing_id
 
     def close_backing(self, backing_id: int) -> None:
         """End a registration; files that are open with it stay so."""

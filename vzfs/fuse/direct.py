@@ -1,14 +1,14 @@
 """The direct engine: one mount served on /dev/fuse itself, without libfuse, at the speed of the kernel's interface.
 
-A thread that sleeps in read(2) takes a request, answers it from the index or the tree and sleeps again; on its client's
-CPU that is a plain switch (``follow``). Reads and writes don't come here at all: the kernel does them on the backing files
-that an open hands to it (``backing``).
+A thread that sleeps in read(2) takes a request, answers it from the index or the tree and sleeps again; on its
+client's CPU that is a plain switch (``follow``). Reads and writes don't come here at all: the kernel does them on the
+backing files that an open hands to it (``backing``).
 
 Rules:
 - What takes long is done by a worker, which sends the answer itself; the serving thread never waits for the disk if it
   can know that before.
-- No exception leaves a request: an ``OSError`` is answered with its errno, a malformed request with EINVAL, anything else
-  with EIO and a log entry that names the request.
+- No exception leaves a request: an ``OSError`` is answered with its errno, a malformed request with EINVAL, anything
+  else with EIO and a log entry that names the request.
 - Node numbers and handles mean the same to a successor of this process (``resume``): it asks the kernel for what was
   read and not answered, and takes such a request that finds its work done for answered.
 """
@@ -81,9 +81,7 @@ def negotiate(fd: int, state: State) -> None:
     if offer & NEEDED != NEEDED:
         raise UnsupportedError("this kernel offers no FUSE passthrough", remedy="Linux 6.9 does; or: --engine pyfuse3")
     agreed = wire.Negotiated(min(minor, wire.MINOR), offer & WANTED, MAX_WRITE)
-    device.send(
-        wire.reply(header.unique, wire.init_out(agreed, readahead, max_background=64, stack_depth=STACK_DEPTH))
-    )
+    device.send(wire.reply(header.unique, wire.init_out(agreed, readahead, max_background=64, stack_depth=STACK_DEPTH)))
     _try_passthrough(device)
     state.agree(int(agreed.flags), agreed.minor, agreed.max_write)
 
@@ -113,6 +111,7 @@ class Engine:
     def __init__(self, tree: Tree, fd: int, state: State, *, busy_poll_us: int = 0) -> None:
         self._tree = tree
         self._words = state.words
+        state.note(tree.counters)
         self._device = Device(fd, state.max_write, busy_poll_us)
         self._files = BackingFiles(self._device, state.words[BACKING:])
         self._follower = Follower()
@@ -122,7 +121,7 @@ class Engine:
         self._ending = False
 
     def changed(self, number: int) -> None:
-        """To be called by the tree, under its lock, when the data of a node is another object's from now on, or gone."""
+        """To be called by the tree, under its lock, when a node's data is another object's from now on, or gone."""
         self._files.forget(number)
 
     def resume(self) -> None:

@@ -1,8 +1,8 @@
 """Co-location: the serving thread runs on its client's CPU.
 
 Waking a sleeping thread on another CPU costs several times what the request itself costs, on virtual machines above
-all; on the client's own CPU it is a plain switch, and the client waits meanwhile anyway. Rule: while one client dominates,
-follow it; with several at once, let the scheduler decide.
+all; on the client's own CPU it is a plain switch, and the client waits meanwhile anyway. Rule: while one client
+dominates, follow it; with several at once, let the scheduler decide.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """What the direct engine does for each request: from the protocol's fields to the tree's operations and back.
 
 Rules:
-- A handler gets the node number, the body and the whole header as a tuple (see ``wire.Header``) and gives the body of the
-  answer, or ``None`` when there is none or a worker will send it. It may raise ``OSError`` with the errno to answer.
+- A handler gets the node number, the body and the whole header as a tuple (see ``wire.Header``) and gives the body of
+  the answer, or ``None`` when there is none or a worker will send it. It may raise ``OSError`` with the errno to answer.
 - What the index knows is answered by the index, without a system call; what takes long is done by a worker.
 - No state of an open file is kept in its handle: handle 0 is a file that the kernel reads and writes by itself, and a
-  successor of this process knows it by its node number. Other handles are the tree's, for files served by READ and WRITE.
+  successor of this process knows it by its node number. Other handles are the tree's, for files served by READ and
+  WRITE.
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ class Handlers:
     def _mknod(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         mode, rdev, umask, _ = wire.fields(wire.MKNOD_IN, body)
         name = wire.name(body[wire.MKNOD_IN.size :])
-        return self._changing(header, node, self._made, self._tree.mknod, node, name, mode, rdev, _caller(header, umask))
+        caller = _caller(header, umask)
+        return self._changing(header, node, self._made, self._tree.mknod, node, name, mode, rdev, caller)
 
     def _mkdir(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         mode, umask = wire.fields(wire.MKDIR_IN, body)
@@ -439,7 +441,7 @@ class Handlers:
         return wire.WRITE_OUT.pack(done, 0)
 
     def _ioctl(self, node: int, body: memoryview, header: RawHeader) -> Answer:
-        handle, _, command, _, in_size, out_size = wire.fields(wire.IOCTL_IN, body)
+        _, _, command, _, in_size, out_size = wire.fields(wire.IOCTL_IN, body)
         data = body[wire.IOCTL_IN.size :]
         if len(data) < in_size:
             raise wire.Malformed("its argument is shorter than it says")

@@ -1,19 +1,18 @@
 """Requests that a predecessor had read and not answered when it died, and maybe had carried out.
 
-Rule: the mount is the only writer and the kernel had looked the names up before it asked, so a resent request that finds
-its name made, or gone, was carried out; and the last one that was carried out is on record. Everything else is simply done
-again, to the same end.
+Rule: the mount is the only writer and the kernel had looked the names up before it asked, so a resent request that
+finds its name made, or gone, was carried out; and the last one that was carried out is on record. Everything else is
+simply done again, to the same end.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 
 from vzfs.fuse import wire
 from vzfs.fuse.backing import BackingFiles
-from vzfs.fuse.handlers import NODE, UNIQUE, Answer, Handler, Handlers, RawHeader
+from vzfs.fuse.handlers import UNIQUE, Answer, Handler, Handlers, RawHeader
 from vzfs.fuse.wire import Opcode
 from vzfs.store.sys import RENAME_EXCHANGE
 from vzfs.tree.tree import Tree

@@ -217,7 +217,7 @@ NO_ENTRY = ENTRY_OUT.pack(0, 0, LIFETIME_S, LIFETIME_S, *(0,) * 18)
 """The answer to a look-up of a name that isn't there, to be kept by the kernel."""
 
 
-class Malformed(OSError):  # noqa: N818
+class Malformed(OSError):
     """A request that no kernel sends. Its errno is ``EINVAL``."""
 
     def __init__(self, why: str) -> None:
