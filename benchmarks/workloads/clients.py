@@ -76,8 +76,8 @@ class Client:
 
     def _failure(self) -> ClientError:
         self.process.kill()
-        said = self.process.communicate()[1].strip().splitlines()
-        return ClientError(f"{self.loop}: {said[-1] if said else f'ended with {self.process.returncode}'}")
+        said = self.process.communicate()[1].strip()
+        return ClientError(f"{self.loop}: {said or f'ended with {self.process.returncode}'}")
 
 
 def _pipe(file: IO[str] | None) -> IO[str]:
