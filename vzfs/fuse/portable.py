@@ -6,6 +6,7 @@ Rules:
   in a thread, so other requests go on.
 - No exception leaves a handler but ``FUSEError``: an ``OSError`` becomes its errno, anything else EIO and a log entry
   that names the request.
+- Every request is counted, and for how long it kept the loop from other requests.
 
 Node numbers are inode numbers here, because pyfuse3 has one field for both. FLUSH is refused once (ENOSYS), after which
 the kernel sends none. What this engine can't do, because libfuse 3.14 or pyfuse3 don't pass it on: fallocate,
@@ -18,15 +19,20 @@ import errno
 import functools
 import logging
 import os
+import signal
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 
+from vzfs.fuse.state import ERRORS, PAUSES, REQUESTS, SLOW, State
+from vzfs.fuse.wire import Opcode
 from vzfs.store.index import LIFETIME_S, Attributes
+from vzfs.tree.counters import Counters
 from vzfs.tree.listing import Listing
 from vzfs.tree.node import ROOT_NUMBER, Entry, Handle
 from vzfs.tree.tree import Caller, Changes, Tree
@@ -43,30 +49,49 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
+_OPCODES = {"readdir": Opcode.READDIRPLUS}
+"""Handlers that are not called as what the kernel sends to them. RENAME2 and BATCH_FORGET can't be told from their
+plain forms here."""
+
+
 def _request(handler: Callable[..., object], arguments: tuple[object, ...]) -> str:
     """How the log names a request: names in full, data that is written by its length only."""
-    shown = (f"{len(one)} bytes" if isinstance(one, bytes) and len(one) > 255 else repr(one) for one in arguments[1:])
+    shown = (f"{len(one)} bytes" if isinstance(one, bytes) and len(one) > 255 else repr(one) for one in arguments)
     return f"{handler.__name__}({', '.join(shown)})"
 
 
-def _guarded(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Turn whatever goes wrong into an errno, and log what should not have happened."""
+def _guarded(
+    handler: Callable[Concatenate[Engine, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Engine, P], Coroutine[Any, Any, T]]:
+    """Turn whatever goes wrong into an errno, and log what should not have happened; count the request and its time."""
+    name = handler.__name__
+    word = REQUESTS + (_OPCODES.get(name) or Opcode[name.upper()])
+    clock = time.perf_counter_ns
 
     @functools.wraps(handler)
-    async def guarded(*arguments: P.args, **keywords: P.kwargs) -> T:
+    async def guarded(engine: Engine, /, *arguments: P.args, **keywords: P.kwargs) -> T:
+        words, waits = engine.words, engine.waits
+        words[word] += 1
+        start = clock()
         try:
-            return await handler(*arguments, **keywords)
+            return await handler(engine, *arguments, **keywords)
         except OSError as error:
+            words[ERRORS] += 1
             if not error.errno:
                 log.exception("%s failed without an errno", _request(handler, arguments))
             elif error.errno == errno.EIO:  # damage or a bad disk: the program that sees it may not say where
                 log.error("%s: %s", _request(handler, arguments), error)  # noqa: TRY400
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-        except (pyfuse3.FUSEError, trio.Cancelled):
+        except pyfuse3.FUSEError:
+            words[ERRORS] += 1
             raise
         except Exception:
+            words[ERRORS] += 1
             log.exception("%s failed", _request(handler, arguments))
             raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            # Who waited for a thread counted that; if nobody did meanwhile, this handler ran in one go.
+            words[(PAUSES if engine.waits == waits else SLOW) + (clock() - start).bit_length()] += 1
 
     return guarded
 
@@ -80,20 +105,24 @@ class OpenDirectory:
 
 
 class Engine(pyfuse3.Operations):
-    """Request handlers of one mount."""
+    """Request handlers of one mount, which count in ``state``."""
 
     supports_dot_lookup = False
     enable_acl = True
     enable_writeback_cache = False  # write errors such as a full disk must reach the writer
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, state: State) -> None:
         super().__init__()
+        state.note(getattr(tree, "counters", Counters()))
+        self.words = state.words
+        self.waits = 0
         self._tree = tree
         self._limiter = trio.CapacityLimiter(THREADS)
         self._directories: dict[int, OpenDirectory] = {}
         self._next_directory = 1
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        self.waits += 1
         return await trio.to_thread.run_sync(function, *arguments, limiter=self._limiter)
 
     async def _changing(self, parent: int, function: Callable[..., T], *arguments: Any) -> T:
@@ -111,6 +140,10 @@ class Engine(pyfuse3.Operations):
             return _no_entry()
         return _entry_out(entry)
 
+    def init(self) -> None:
+        self.words[REQUESTS + Opcode.INIT] += 1
+
+    @_guarded
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for number, count in inode_list:
             try:
@@ -159,6 +192,7 @@ class Engine(pyfuse3.Operations):
         data.f_namemax = 255
         return data
 
+    @_guarded
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # default_permissions: the kernel checks
 
@@ -257,6 +291,7 @@ class Engine(pyfuse3.Operations):
             return os.pwrite(handle.fd, buf, off)
         return await self._in_thread(os.pwrite, handle.fd, buf, off)
 
+    @_guarded
     async def flush(self, fh: int) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
@@ -369,3 +404,31 @@ def _attributes_out(attributes: Attributes) -> pyfuse3.EntryAttributes:
     ) = attributes
     out.entry_timeout = out.attr_timeout = LIFETIME_S
     return out
+
+
+# ------------------------------------------------------------------------------------------------------------- serving
+
+
+def serve_mount(tree: Tree, state: State, fd: int, ready: Callable[[], None], detach: Callable[[], None]) -> None:
+    """Serve the mount whose device is ``fd`` until it is unmounted or SIGTERM or SIGINT comes; then ``detach`` it."""
+    pyfuse3.init(Engine(tree, state), f"/dev/fd/{fd}", set())  # libfuse serves a descriptor that is mounted already
+    try:
+        trio.run(_serve_until_signal, ready)
+    finally:
+        detach()
+        pyfuse3.close(unmount=False)
+
+
+async def _serve_until_signal(ready: Callable[[], None]) -> None:
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            nursery.start_soon(_end_on_signal, signals)
+            ready()
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+
+async def _end_on_signal(signals: AsyncIterator[int]) -> None:
+    async for number in signals:
+        log.info("ending on signal %d", number)
+        pyfuse3.terminate()
