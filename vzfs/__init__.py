@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UsageError,
         VzfsError,
     )
+    from vzfs.fuse.state import Statistics
 
 __all__ = [
     "BusyError",
@@ -32,6 +33,7 @@ __all__ = [
     "NotFoundError",
     "NotMountedError",
     "SourceError",
+    "Statistics",
     "Status",
     "Store",
     "Template",
@@ -44,6 +46,10 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "Statistics":
+        from vzfs.fuse.state import Statistics
+
+        return Statistics
     from vzfs import api, errors
 
     return getattr(errors if hasattr(errors, name) else api, name)

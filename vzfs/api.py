@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzfs.errors import NotMountedError, UnsupportedError
+from vzfs.errors import NotMountedError, UnsupportedError, UsageError
 from vzfs.fuse import mount as mounts
 from vzfs.store.conf import OSTEMPLATE, VE_ROOT, Conf
 from vzfs.store.container import (
@@ -34,21 +34,30 @@ from vzfs.store.container import (
     template_users,
 )
 from vzfs.store.layout import CONF, Layout
-from vzfs.store.lock import read_holder
+from vzfs.store.lock import Holder, read_holder
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
 
 if TYPE_CHECKING:
+    from vzfs.fuse.state import Agreed, State, Statistics
     from vzfs.store.diff import Change
     from vzfs.store.sources import SourceOptions
     from vzfs.store.template import TemplateInfo
 
 StrPath = str | os.PathLike[str]
 
+MAX_BUSY_POLL_US = 10_000
+"""Polling for longer than this would be nothing but a lost CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a container is doing; ``since`` in seconds since 1970, ``ct`` its number, else its path."""
+    """What a container is doing; ``since`` in seconds since 1970, ``ct`` its number, else its path.
+
+    What the engine agreed upon with the kernel: the FUSE ``protocol``, for example ``7.45``, the names of its
+    ``flags``, whether the kernel reads and writes files by itself (``passthrough``), and ``max_write`` in bytes. They
+    are ``None`` where that isn't known: libfuse, below the pyfuse3 engine, doesn't tell.
+    """
 
     ct: str
     path: str
@@ -59,6 +68,10 @@ class Status:
     engine: str | None
     since: float | None
     read_only: bool
+    protocol: str | None = None
+    flags: tuple[str, ...] | None = None
+    passthrough: bool | None = None
+    max_write: int | None = None
 
 
 class Store:
@@ -198,16 +211,22 @@ class Container:
         engine: str = "auto",
         sync: str = "data",
         log: str | None = None,
+        busy_poll_us: int = 0,
         timeout: float = 10.0,
     ) -> Path:
         """Mount it, served by a process of its own, and return where when the root is usable.
 
-        ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``; ``log`` is a file (``vzfs.log``
-        in the container), ``journal`` or ``-``; ``timeout`` is in seconds. Raises ``BusyError`` when it is mounted
-        already, ``UsageError``, ``UnsupportedError``, ``DamagedError``, ``NotFoundError`` (its template).
+        ``engine`` is ``auto`` (direct where this machine can, else pyfuse3), ``direct`` or ``pyfuse3``.
+        ``busy_poll_us`` is for how many microseconds the direct engine looks for the next request before it sleeps,
+        which costs CPU. ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``.
+        ``log`` is a file (``vzfs.log`` in the container), ``journal`` or ``-``; ``timeout`` is in seconds. Raises
+        ``BusyError`` when it is mounted already, ``UsageError``, ``UnsupportedError``, ``DamagedError``,
+        ``NotFoundError`` (its template).
         """
         _need_root()
-        order = self._order(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)
+        order = self._order(
+            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll_us
+        )
         mounts.start(order, timeout)
         return Path(str(order["mountpoint"]))
 
@@ -219,17 +238,28 @@ class Container:
         engine: str = "auto",
         sync: str = "data",
         log: str | None = "-",
+        busy_poll_us: int = 0,
     ) -> None:
         """Mount it and serve it in this process's main thread until it is unmounted, or SIGTERM or SIGINT comes."""
         from vzfs.fuse.serve import Order, serve
 
         _need_root()
-        order = self._order(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)
+        order = self._order(
+            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll_us
+        )
         serve(Order(**order))  # type: ignore[arg-type]
 
     def _order(
-        self, mountpoint: StrPath | None, *, read_only: bool, engine: str, sync: str, log: str | None
+        self,
+        mountpoint: StrPath | None,
+        *,
+        read_only: bool,
+        engine: str,
+        sync: str,
+        log: str | None,
+        busy_poll_us: int,
     ) -> dict[str, object]:
+        _check_busy_poll(busy_poll_us, engine)
         where = os.path.abspath(mountpoint) if mountpoint is not None else str(self.mountpoint)
         return {
             "root": str(self.store.root),
@@ -238,6 +268,7 @@ class Container:
             "engine": engine,
             "read_only": read_only,
             "sync": sync,
+            "busy_poll_us": busy_poll_us,
             "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / "vzfs.log"),
         }
 
@@ -265,6 +296,7 @@ class Container:
     def status(self) -> Status:
         """What it is doing now."""
         holder = read_holder(self.path)
+        agreed = _agreed(holder)
         return Status(
             ct=self.ct,
             path=str(self.path),
@@ -275,6 +307,36 @@ class Container:
             engine=holder.engine if holder else None,
             since=holder.since if holder else None,
             read_only=holder.read_only if holder else False,
+            protocol=agreed.protocol if agreed else None,
+            flags=agreed.flags if agreed else None,
+            passthrough=agreed.passthrough if agreed else _without_passthrough(holder),
+            max_write=agreed.max_write if agreed else None,
+        )
+
+    def stats(self) -> Statistics:
+        """What its mount has counted so far; asking disturbs nobody. Subtract two for what happened in between.
+
+        Raises ``NotMountedError``; ``UnsupportedError`` when another version of vzfs serves it.
+        """
+        _need_root()
+        holder = read_holder(self.path)
+        if holder is None or holder.doing != "serves":
+            raise self._not_mounted()
+        if holder.state is None:
+            raise UnsupportedError(
+                f"the process that serves {self.path} is of an older version, which doesn't count",
+                remedy=f"umount and mount it again: vzfs umount {self.ct}; vzfs mount {self.ct}",
+            )
+        try:
+            with _state_of(holder.pid, holder.state) as state:
+                return state.statistics()
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise self._not_mounted() from error
+
+    def _not_mounted(self) -> NotMountedError:
+        return NotMountedError(
+            f"container {self.path} is not mounted, so nothing is counted",
+            remedy=f"mount it with: vzfs mount {self.ct}",
         )
 
     def diff(self, *, content: bool = False) -> Iterator[Change]:
@@ -293,6 +355,36 @@ class Container:
         """Remove it and all its data. Raises ``BusyError`` while it is mounted."""
         _need_root()
         destroy_container(self.store.layout, self.path)
+
+
+def _state_of(pid: int, fd: int) -> State:
+    from vzfs.fuse.state import State
+
+    return State.open_of(pid, fd)
+
+
+def _agreed(holder: Holder | None) -> Agreed | None:
+    """What the holder's engine and the kernel agreed upon, as far as that can be seen from here."""
+    if holder is None or holder.state is None:
+        return None
+    try:
+        with _state_of(holder.pid, holder.state) as state:
+            return state.agreed
+    except (OSError, UnsupportedError):  # it ended meanwhile, or is of another version
+        return None
+
+
+def _without_passthrough(holder: Holder | None) -> bool | None:
+    return False if holder is not None and holder.engine == "pyfuse3" else None
+
+
+def _check_busy_poll(microseconds: int, engine: str) -> None:
+    if not 0 <= microseconds <= MAX_BUSY_POLL_US:
+        raise UsageError(
+            f"can't poll for {microseconds} µs", remedy=f"choose from 0, which is not to poll, to {MAX_BUSY_POLL_US}"
+        )
+    if microseconds and engine == "pyfuse3":
+        raise UsageError("the pyfuse3 engine can't poll", remedy="leave busy polling out, or choose the direct engine")
 
 
 def _need_root() -> None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from vzfs.cli import container, machine, template
+from vzfs.cli import container, machine, stats, template
 from vzfs.cli.base import JSON_KEY, Group
 from vzfs.cli.failure import EXIT_BROKEN_PIPE, explain, report, wants_traceback
 
@@ -152,6 +152,8 @@ def cli(ctx: click.Context, root: str | None, as_json: bool, verbose: int) -> No
 
 cli.add_command(template.template)
 for command in container.COMMANDS:
+    cli.add_command(command)
+for command in stats.COMMANDS:
     cli.add_command(command)
 for command in machine.COMMANDS:
     cli.add_command(command)

@@ -29,6 +29,7 @@ from vzfs.cli.show import (
     print_json_lines,
     print_table,
     printable,
+    size,
 )
 from vzfs.errors import UsageError, VzfsError
 
@@ -210,8 +211,17 @@ def _print_status(ctx: click.Context, container: Container) -> None:
             ("pid", dash(one.pid)),
             ("engine", dash(one.engine)),
             ("since", moment(one.since)),
+            ("protocol", _protocol(one)),
+            ("passthrough", "-" if one.passthrough is None else "yes" if one.passthrough else "no"),
+            ("max write", "-" if one.max_write is None else size(one.max_write)),
         )
     )
+
+
+def _protocol(one: Status) -> str:
+    if one.flags is None:
+        return "left to libfuse" if one.engine == "pyfuse3" else "-"
+    return f"FUSE {one.protocol}: {' '.join(one.flags)}"
 
 
 @click.command(
@@ -220,6 +230,7 @@ def _print_status(ctx: click.Context, container: Container) -> None:
         ("vzfs mount 101", "at /vz/root/101, or where its conf says"),
         ("vzfs mount 101 /mnt/ct --ro", "elsewhere, read-only"),
         ("vzfs mount /srv/ve/103", "a container outside the store's own folder"),
+        ("vzfs mount 101 --engine pyfuse3", "by libfuse; 'vzfs status 101' shows what is in use"),
         ("vzfs mount 101 --foreground --log -", "serve in this terminal; Ctrl-C unmounts"),
         ('chroot "$(vzfs mount 101)" /bin/bash', "mount and enter"),
     ],
@@ -229,10 +240,17 @@ def _print_status(ctx: click.Context, container: Container) -> None:
 @click.option("--ro", "read_only", is_flag=True, help="Mount read-only.")
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "pyfuse3"]),
+    type=click.Choice(["auto", "direct", "pyfuse3"]),
     default="auto",
     show_default=True,
-    help="What talks to the kernel.",
+    help="What talks to the kernel; auto is direct where this machine can, else pyfuse3.",
+)
+@click.option(
+    "--busy-poll",
+    metavar="MICROSECONDS",
+    type=int,
+    default=0,
+    help="How long the direct engine looks for the next request before it sleeps. Costs CPU.  [default: 0, not at all]",
 )
 @click.option(
     "--sync",
@@ -251,6 +269,7 @@ def mount(
     mountpoint: str | None,
     read_only: bool,
     engine: str,
+    busy_poll: int,
     sync: str,
     foreground: bool,
     log: str | None,
@@ -261,9 +280,11 @@ def mount(
     """
     container = open_store(ctx).container(ct_id)
     if foreground:
-        container.serve(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log or "-")
+        container.serve(
+            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log or "-", busy_poll_us=busy_poll
+        )
         return
-    where = container.mount(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log)
+    where = container.mount(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll)
     if wants_json(ctx):
         print_json(_row(container))
         return

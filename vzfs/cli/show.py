@@ -140,6 +140,19 @@ def moment(when: float | None) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(when))
 
 
+def duration(ns: int) -> str:
+    """Nanoseconds for people, to two or three digits: ``850 ns``, ``12 µs``, ``4.5 ms``, ``3 h 12 min``."""
+    for limit, unit in ((1_000, "ns"), (1_000_000, "µs"), (1_000_000_000, "ms"), (60_000_000_000, "s")):
+        if ns < limit:
+            amount = ns * 1000 / limit if unit != "s" else ns / 1e9
+            return f"{amount:.0f} {unit}" if amount >= 10 or unit == "ns" else f"{amount:.1f} {unit}"
+    minutes = ns // 60_000_000_000
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def dash(value: object) -> str:
     """``value`` for a table cell, ``-`` for none."""
     return "-" if value is None or value == "" else str(value)

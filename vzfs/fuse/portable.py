@@ -32,7 +32,6 @@ import trio
 from vzfs.fuse.state import ERRORS, PAUSES, REQUESTS, SLOW, State
 from vzfs.fuse.wire import Opcode
 from vzfs.store.index import LIFETIME_S, Attributes
-from vzfs.tree.counters import Counters
 from vzfs.tree.listing import Listing
 from vzfs.tree.node import ROOT_NUMBER, Entry, Handle
 from vzfs.tree.tree import Caller, Changes, Tree
@@ -113,7 +112,7 @@ class Engine(pyfuse3.Operations):
 
     def __init__(self, tree: Tree, state: State) -> None:
         super().__init__()
-        state.note(getattr(tree, "counters", Counters()))
+        state.note(tree.counters)
         self.words = state.words
         self.waits = 0
         self._tree = tree
