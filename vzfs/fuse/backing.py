@@ -29,7 +29,7 @@ IDLE = 8192
 class Backing:
     """The backing file of node ``number``, open ``count`` times. ``own``: it is the container's, so may be written."""
 
-    __slots__ = ("answer", "backing_id", "count", "number", "own", "slot", "stale")
+    __slots__ = ("answer", "backing_id", "count", "guarded", "number", "own", "slot", "stale")
 
     def __init__(self, number: int, backing_id: int, slot: int, *, own: bool, count: int = 0) -> None:
         self.number = number
@@ -37,6 +37,7 @@ class Backing:
         self.slot = slot
         self.own = own
         self.count = count
+        self.guarded = True  # it may have set-id bits, so whoever wants to write is looked at
         self.stale = False  # the node is gone or has other data now: to be closed with the last who has it open
         # The kernel takes no FOPEN_KEEP_CACHE beside passthrough (fs/fuse/iomode.c).
         self.answer = wire.OPEN_OUT.pack(0, wire.FOPEN_PASSTHROUGH | wire.FOPEN_NOFLUSH, backing_id)
@@ -117,6 +118,12 @@ class BackingFiles:
             self._idle[number] = backing
             self._shrink(IDLE)
         return True
+
+    def guard(self, number: int) -> None:
+        """The file has got set-id bits."""
+        backing = self._known.get(number)
+        if backing is not None:
+            backing.guarded = True
 
     def forget(self, number: int) -> None:
         """The node is gone or has other data now: end its registration, or let it end with who has it open."""

@@ -2,7 +2,8 @@
 
 Rules:
 - A handler gets the node number, the body and the whole header as a tuple (see ``wire.Header``) and gives the body of
-  the answer, or ``None`` when there is none or a worker will send it. It may raise ``OSError`` with the errno to answer.
+  the answer, or ``None`` when there is none or a worker will send it. It may raise ``OSError`` with the errno to
+  answer.
 - What the index knows is answered by the index, without a system call; what takes long is done by a worker.
 - No state of an open file is kept in its handle: handle 0 is a file that the kernel reads and writes by itself, and a
   successor of this process knows it by its node number. Other handles are the tree's, for files served by READ and
@@ -21,6 +22,7 @@ from typing import TypeAlias
 
 from vzfs.fuse import wire
 from vzfs.fuse.backing import Backing, BackingFiles
+from vzfs.fuse.client import CAP_FSETID, CAP_SYS_ADMIN, has_capability
 from vzfs.fuse.state import ANSWERED
 from vzfs.fuse.wire import Opcode
 from vzfs.store import sys
@@ -39,6 +41,7 @@ SMALL_WRITE = 128 << 10
 """Bytes up to which a write into the page cache is done at once: tens of microseconds."""
 SMALL_COPY = 128 << 10
 _RWF_NOWAIT = 8  # <linux/fs.h>: fail with EAGAIN instead of waiting for the disk
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _FALLBACK_FLAGS = wire.FOPEN_KEEP_CACHE | wire.FOPEN_NOFLUSH
 _INDEX, _TREE, _STORE = ANSWERED, ANSWERED + 1, ANSWERED + 2
@@ -138,6 +141,8 @@ class Handlers:
 
     def _set_attributes(self, node: int, changes: Changes, handle: int | None, kill: bool) -> bytes:
         attributes = self._tree.setattr(node, changes, handle)
+        if attributes.mode & _SET_ID:
+            self._files.guard(node)
         if kill and changes.mode is None:
             attributes = self._without_set_id(node, attributes)
         return wire.attr_out(attributes)
@@ -268,39 +273,57 @@ class Handlers:
         if not flags & os.O_TRUNC:
             with tree.lock:
                 backing = self._files.get(node)
-                if backing is not None and (backing.own or not flags & _WRITING):
+                if backing is not None and (not flags & _WRITING or (backing.own and not backing.guarded)):
                     self._words[_TREE] += 1
                     return self._opened(backing)
         self._words[_STORE] += 1
         kill = bool(open_flags & wire.OPEN_KILL_SUIDGID)
         if flags & _WRITING and tree.slow_to_own(node, size=0 if flags & os.O_TRUNC else None):
-            return self._later(header, self.open_data, node, flags, kill)
-        return self.open_data(node, flags, kill)
+            return self._later(header, self.open_data, node, flags, kill, header[PID])
+        return self.open_data(node, flags, kill, header[PID])
 
     def _opened(self, backing: Backing) -> bytes:
         if self._files.opened(backing):
             self._tree.hold(backing.number)
         return backing.answer
 
-    def open_data(self, number: int, flags: int, kill: bool = False) -> bytes:
+    def open_data(self, number: int, flags: int, kill: bool = False, client: int = 0) -> bytes:
         """The answer to who opens the regular file ``number``; ``kill``: its set-id bits go."""
-        tree = self._tree
-        if flags & _WRITING:
+        tree, writing = self._tree, flags & _WRITING
+        if writing:
             tree.own_file(number, 0 if flags & os.O_TRUNC else None)
         with tree.lock:
             fd, own = tree.data_of(number, flags)
             try:
                 if kill:
                     sys.drop_set_id(fd)
-                backing = self._files.get(number)
-                if backing is None and not tree.has_handles(number):
-                    backing = self._files.register(number, fd, own=own)
-                if backing is not None:
-                    return self._opened(backing)
+                guarded = bool(os.fstat(fd).st_mode & _SET_ID)
+                if not (guarded and writing and self._watch_writes(number, fd, client)):
+                    backing = self._files.get(number)
+                    if backing is None and not tree.has_handles(number):
+                        backing = self._files.register(number, fd, own=own)
+                    if backing is not None:
+                        backing.guarded = guarded
+                        return self._opened(backing)
             finally:
                 os.close(fd)
             handle = tree.open(number, flags & ~os.O_TRUNC)
             return wire.OPEN_OUT.pack(handle.number, _FALLBACK_FLAGS, 0)
+
+    def _watch_writes(self, number: int, fd: int, client: int) -> bool:
+        """Whether a set-id file's writes must come here, because the first of this client takes those bits away.
+
+        Passthrough doesn't do that (the kernel leaves it to us, who would not hear of the write). Where the file is
+        passed through to others already, it must be to this one, and the bits go at once.
+        """
+        if has_capability(client, CAP_FSETID):
+            return False
+        backing = self._files.get(number)
+        if backing is not None and backing.count:
+            sys.drop_set_id(fd)
+            return False
+        self._files.forget(number)
+        return True
 
     def _release(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         handle = wire.fields(wire.RELEASE_IN, body)[0]
@@ -510,7 +533,9 @@ class Handlers:
     def _listxattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         room, _ = wire.fields(wire.GETXATTR_IN, body)
         self._words[_STORE] += 1
-        names = self._tree.listxattr(node, _caller(header))
+        names = self._tree.listxattr(node)
+        if any(name.startswith(b"trusted.") for name in names) and not has_capability(header[PID], CAP_SYS_ADMIN):
+            names = [name for name in names if not name.startswith(b"trusted.")]
         return wire.xattr_out(b"".join(name + b"\0" for name in names), room)
 
     def _setxattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:

@@ -16,21 +16,21 @@ import resource
 import signal
 import sys as python
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import pyfuse3
-import trio
+from types import FrameType
 
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.mount import attach, detach, source_name, unmount_dead, vzfs_mount
-from vzfs.fuse.portable import Engine
+from vzfs.fuse.state import State
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.container import remember_user
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
 from vzfs.store.magic import valid_template_name
 from vzfs.tree.area import Sync
+from vzfs.tree.node import Readers
 from vzfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,27 @@ class Order:
     read_only: bool = False
     sync: str = "data"
     log: str = "-"
+    busy_poll_us: int = 0
+    device: int = -1
+    """Descriptor of a mount that is there already, to be served from now on; and the state that goes with it."""
+    state: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A mount: its device, what is shared about it, where it is, and the engine that it was begun with."""
+
+    fd: int
+    state: State
+    mountpoint: Path
+    device: str
+    engine: str
+
+    def end(self) -> None:
+        """Take it away, in use or not."""
+        detach(self.mountpoint, self.device)
+        with contextlib.suppress(OSError):  # closed by libfuse
+            os.close(self.fd)
 
 
 def serve(order: Order, report_fd: int = -1) -> None:
@@ -59,36 +80,111 @@ def serve(order: Order, report_fd: int = -1) -> None:
     """
     container, mountpoint = Path(order.container), Path(order.mountpoint)
     layout = Layout.at(order.root)
-    engine = _choose_engine(order.engine)
-    holder = Holder(os.getpid(), "mounts", time.time(), str(mountpoint), engine, order.read_only)
-    lock = Lock.acquire(container, holder)
-    try:
+    if order.engine not in ENGINES:
+        raise UsageError(f"there is no engine {order.engine!r}", remedy=f"the engines are: {', '.join(ENGINES)}")
+    holder = Holder(os.getpid(), "mounts", time.time(), str(mountpoint), order.engine, order.read_only)
+    with contextlib.ExitStack() as ending:
+        lock = Lock.acquire(container, holder)
+        ending.callback(lock.release)
         _set_up_log(order)
-        _prepare_mountpoint(mountpoint)
+        resumed = order.device >= 0
+        if not resumed:
+            _prepare_mountpoint(mountpoint)
         _set_up_process()
         template = _template_of(container)
-        tree = _open_tree(order, layout, container)
+        served = _adopt(order, mountpoint) if resumed else _mount(order, container, mountpoint)
+        ending.callback(log.info, "unmounted %s", mountpoint)
+        ending.callback(served.end)
+        lock.describe(replace(holder, engine=served.engine, device=served.device, state=served.state.fd))
+        run = _run_direct if served.engine == "direct" else _run_portable
+        remember_user(layout, template, container)
+
+        def ready() -> None:
+            described = replace(
+                holder, doing="serves", engine=served.engine, device=served.device, state=served.state.fd
+            )
+            lock.describe(described)
+            log.info("serving %s at %s, engine %s", container, mountpoint, served.engine)
+            report(report_fd, {})
+
+        run(order, layout, served, ready)
+
+
+ENGINES = ("auto", "direct", "pyfuse3")
+
+
+def _mount(order: Order, container: Path, mountpoint: Path) -> Served:
+    """Mount, and find the engine that serves it."""
+    if order.engine != "pyfuse3":
+        served = _attach(order, container, mountpoint, "direct")
         try:
-            remember_user(layout, template, container)
-            device = _mount(tree, order, mountpoint)
-            try:
-                lock.describe(replace(holder, doing="serves", device=device))
-                log.info("serving %s at %s, engine %s", container, mountpoint, engine)
-                trio.run(_run, report_fd)
-            finally:
-                detach(mountpoint, device)
-                pyfuse3.close(unmount=False)
-                log.info("unmounted %s", mountpoint)
+            from vzfs.fuse.direct import negotiate
+
+            negotiate(served.fd, served.state)
+            return served
+        except UnsupportedError as error:
+            served.end()
+            if order.engine == "direct":
+                raise
+            log.info("engine pyfuse3, because %s", error.message)
+        except BaseException:
+            served.end()
+            raise
+    return _attach(order, container, mountpoint, "pyfuse3")
+
+
+def _attach(order: Order, container: Path, mountpoint: Path, engine: str) -> Served:
+    fd = attach(mountpoint, source_name(container), read_only=order.read_only)
+    entry = vzfs_mount(mountpoint)
+    return Served(fd, State.create(), mountpoint, entry.device if entry else "", engine)
+
+
+def _adopt(order: Order, mountpoint: Path) -> Served:
+    """Take over a mount whose server died, from who kept its device open."""
+    entry = vzfs_mount(mountpoint)
+    if entry is None:
+        raise UsageError(f"nothing of vzfs is mounted at {mountpoint}", remedy="mount it: vzfs mount")
+    return Served(order.device, State.adopt(order.state), mountpoint, entry.device, "direct")
+
+
+def _run_direct(order: Order, layout: Layout, served: Served, ready: Callable[[], None]) -> None:
+    """Serve with the direct engine, in the main thread: a signal ends its wait for a request."""
+    from vzfs.fuse.direct import Engine
+
+    resumed = order.device >= 0
+
+    def changed(number: int) -> None:
+        engine.changed(number)
+
+    tree = _open_tree(order, layout, readers=Readers.KEEP, resume=resumed, changed=changed)
+    try:
+        engine = Engine(tree, served.fd, served.state, busy_poll_us=order.busy_poll_us)
+        if resumed:
+            engine.resume()
+
+        def end(number: int, frame: FrameType | None) -> None:
+            log.info("ending on signal %d", number)
+            engine.end()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+        ready()
+        try:
+            engine.run()
         finally:
-            tree.close()
+            served.end()  # before the tree: nobody can ask for more
     finally:
-        lock.release()
+        tree.close()
 
 
-def _choose_engine(wanted: str) -> str:
-    if wanted in ("auto", "pyfuse3"):
-        return "pyfuse3"
-    raise UsageError(f"there is no engine {wanted!r}", remedy="the engines are: auto, pyfuse3")
+def _run_portable(order: Order, layout: Layout, served: Served, ready: Callable[[], None]) -> None:
+    from vzfs.fuse.portable import serve_mount
+
+    tree = _open_tree(order, layout, readers=Readers.SHARE)
+    try:
+        serve_mount(tree, served.state, served.fd, ready, lambda: detach(served.mountpoint, served.device))
+    finally:
+        tree.close()
 
 
 def _set_up_log(order: Order) -> None:
@@ -152,13 +248,23 @@ def _template_of(container: Path) -> str:
     return name
 
 
-def _open_tree(order: Order, layout: Layout, container: Path) -> Tree:
+def _open_tree(
+    order: Order,
+    layout: Layout,
+    *,
+    readers: Readers,
+    resume: bool = False,
+    changed: Callable[[int], None] | None = None,
+) -> Tree:
+    container = Path(order.container)
     try:
         sync = Sync(order.sync)
     except ValueError:
         raise UsageError(f"there is no sync policy {order.sync!r}", remedy="choose none, data or full") from None
     try:
-        return Tree(layout, container, read_only=order.read_only, sync=sync)
+        return Tree(
+            layout, container, read_only=order.read_only, sync=sync, readers=readers, resume=resume, changed=changed
+        )
     except OSError as error:
         _refuse_full_disk(error, container)
         raise DamagedError(
@@ -174,34 +280,6 @@ def _refuse_full_disk(error: OSError, where: Path) -> None:
 
 def _shown(name: object) -> str:
     return os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else str(name)
-
-
-def _mount(tree: Tree, order: Order, mountpoint: Path) -> str:
-    """Mount, and give the new file system's ``major:minor``."""
-    fd = attach(mountpoint, source_name(Path(order.container)), read_only=order.read_only)
-    entry = vzfs_mount(mountpoint)
-    device = entry.device if entry else ""
-    try:
-        pyfuse3.init(Engine(tree), f"/dev/fd/{fd}", set())  # libfuse serves a descriptor that is mounted already
-    except BaseException:
-        detach(mountpoint, device)
-        raise
-    return device
-
-
-async def _run(report_fd: int) -> None:
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            nursery.start_soon(_end_on_signal, signals)
-            report(report_fd, {})
-            await pyfuse3.main()
-            nursery.cancel_scope.cancel()
-
-
-async def _end_on_signal(signals: object) -> None:
-    async for number in signals:  # type: ignore[attr-defined]
-        log.info("ending on signal %d", number)
-        pyfuse3.terminate()
 
 
 def report(fd: int, message: dict[str, object]) -> None:

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from vzfs.errors import UnsupportedError
 from vzfs.fuse.wire import OPCODES, InitFlag, Opcode
@@ -60,7 +61,7 @@ SLOW = PAUSES + BUCKETS
 BACKING = SLOW + BUCKETS
 """To the end: registered backing files, ``BACKING_WORDS`` words each: node number (0: free), backing id, open count."""
 BACKING_WORDS = 3
-BACKING_SLOTS = 4096
+BACKING_SLOTS = 16384
 WORDS = BACKING + BACKING_SLOTS * BACKING_WORDS
 SIZE = WORDS * 8
 
@@ -71,8 +72,9 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class Pauses:
     """How long requests took, in nanoseconds.
 
-    ``buckets[n]`` requests took from 2**(n-1) to 2**n - 1 ns. The percentiles are interpolated within a bucket, so they
-    are right to a factor of two; ``longest_ns`` is the upper end of the last bucket in use.
+    ``buckets[n]`` requests took from 2**(n-1) to 2**n - 1 ns; there are as many buckets as are in use. The percentiles
+    are interpolated within a bucket, so they are right to a factor of two; none took longer than ``longest_ns``, which
+    is the end of the last bucket.
     """
 
     count: int
@@ -85,9 +87,13 @@ class Pauses:
     @classmethod
     def of(cls, buckets: Sequence[int]) -> Pauses:
         """The figures of a histogram; all 0 for an empty one."""
-        used = max((n for n, count in enumerate(buckets) if count), default=0)
+        used = max((n + 1 for n, count in enumerate(buckets) if count), default=0)
         p50, p90, p99 = (percentile(buckets, share) for share in (0.5, 0.9, 0.99))
-        return cls(sum(buckets), p50, p90, p99, (1 << used) - 1, tuple(buckets))
+        return cls(sum(buckets), p50, p90, p99, (1 << used >> 1) - 1 if used else 0, tuple(buckets[:used]))
+
+    def since(self, earlier: Pauses) -> Pauses:
+        """Those that came after an earlier snapshot of the same mount."""
+        return Pauses.of([now - then for now, then in zip_longest(self.buckets, earlier.buckets, fillvalue=0)])
 
 
 def percentile(buckets: Sequence[int], share: float) -> int:
