@@ -7,6 +7,7 @@ ext4's plain copy, kernel overlayfs and vzfs, with sizes that take no time.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -16,13 +17,17 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from benchmarks import profile
 from benchmarks.workload import Cache, Condition, Facts, Outcome, Place, Sizes, Skip, Workload
 from benchmarks.workloads import WORKLOADS, density
 from benchmarks.workloads.clients import ClientError, measure, program, shares, started
 from vzfs import Store
+from vzfs.errors import UnsupportedError
 
 TINY = Sizes(
     quick=True,
@@ -369,3 +374,54 @@ def test_memory_and_descriptors_of_a_process() -> None:
     ballast = bytearray(os.urandom(16 << 20))
     assert density.pss_mib([os.getpid()]) - small == pytest.approx(16, abs=4)
     assert len(ballast) == 16 << 20
+
+
+# ---------------------------------------------------------------------------------------------------------- profiles
+
+
+def profiled(rig: Rig, folder: Path, turn: int) -> dict[str, str]:
+    """What the profiler writes into ``folder`` beside twenty walks of a vzfs mount."""
+    profiler = profile.Profiler(folder)
+    place = rig.place("vzfs")
+    cell = SimpleNamespace(workload=SimpleNamespace(name="walk"), condition=Condition.IDLE, clients=1)
+    with profiler.probe(cell, SimpleNamespace(name="vzfs"), turn, place):  # type: ignore[arg-type]
+        walk = workload("walk")
+        for _ in range(20):
+            walk.run(place, walk.steps[0])
+            subprocess.run(["mount", "-i", "-o", "remount", str(place.root)], check=True)  # forgets all names
+    return profiler.files
+
+
+def test_a_profile_has_the_requests_and_where_the_server_was(rig: Rig, tmp_path: Path) -> None:
+    files = profiled(rig, tmp_path, turn=1)
+    assert sorted(files) == ["walk, vzfs, idle, 1 client: flame graph", "walk, vzfs, idle, 1 client: requests"]
+    counts = json.loads((tmp_path / files["walk, vzfs, idle, 1 client: requests"]).read_text())
+    assert counts["source"] == "the server"
+    assert counts["requests"]["READDIRPLUS"] > 20
+    picture = (tmp_path / files["walk, vzfs, idle, 1 client: flame graph"]).read_text()
+    assert "<svg" in picture
+    assert "portable.py" in picture
+
+
+def test_later_rounds_are_left_in_peace(rig: Rig, tmp_path: Path) -> None:
+    assert profiled(rig, tmp_path, turn=2) == {}
+
+
+def test_the_kernel_counts_the_requests_that_the_server_does(rig: Rig) -> None:
+    place = rig.place("vzfs")
+    traced: dict[str, Any] = {}
+    with profile.requests(place.root, place.servers[0]) as served, profile._traced(place.root, traced):
+        for path in place.facts.small:
+            os.lstat(place.root / path)
+    assert traced["source"] == "the kernel's tracepoint"
+    assert traced["lost"] == 0
+    assert served["source"] == "the server"
+    assert served["requests"]["LOOKUP"] > len(place.facts.small)
+    assert traced["requests"]["LOOKUP"] == served["requests"]["LOOKUP"]
+
+
+def test_without_py_spy_profiling_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnsupportedError, match="py-spy"):
+        profile.Profiler(tmp_path)
