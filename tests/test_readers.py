@@ -76,8 +76,13 @@ def test_kept_readers_keep_the_template(open_tree: OpenTree, name: bytes) -> Non
     tree.close()
 
     tree = open_tree(Readers.KEEP)
+    assert number_of(tree, name) == copy
+    assert tree.getattr(copy).ino == before.ino
+    assert tree.getattr(copy).size == len(NEW)
+    tree.close()
+
+    tree = open_tree(Readers.SHARE)
     assert number_of(tree, name) == number
-    assert tree.getattr(number).size == len(NEW)
     tree.close()
 
 

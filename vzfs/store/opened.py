@@ -12,6 +12,8 @@ from vzfs.store.index import Attributes, Index
 from vzfs.store.layout import ORIGIN_XATTR, Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import MagicLink
 
+SPLIT_XATTR = "trusted.vzfs.split"
+"""On a copied-up file whose readers kept the template's data under the old node number: it has another one since."""
 _READING = os.O_RDONLY | os.O_NOATIME | os.O_NOFOLLOW
 
 

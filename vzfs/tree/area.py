@@ -64,11 +64,15 @@ class PrivateArea:
             if fd >= 0:
                 os.close(fd)
 
-    def clear_leftovers(self) -> None:
-        """Remove what an interrupted change staged and what was only kept because it was open."""
-        for folder in (self.stage_fd, self.orphans_fd):
-            for name in list_names(folder):
-                sys.remove_tree(folder, name)
+    def clear_stage(self) -> None:
+        """Remove what an interrupted change staged."""
+        for name in list_names(self.stage_fd):
+            sys.remove_tree(self.stage_fd, name)
+
+    def clear_orphans(self) -> None:
+        """Remove what was only kept because it was known to the kernel."""
+        for name in list_names(self.orphans_fd):
+            sys.remove_tree(self.orphans_fd, name)
 
     def stage_name(self) -> bytes:
         """A name in ``stage_fd`` that nothing has."""

@@ -14,11 +14,13 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from vzfs.store.index import Attributes
+from vzfs.store.index import INO_START, Attributes
 from vzfs.store.opened import OpenTemplate
 
 ROOT_NUMBER = 1
 """Node number of a mount's root (FUSE_ROOT_ID)."""
+PRIVATE_SHIFT = 1 << 52
+"""Added to inode numbers of the private area that reach into the templates' range; still exact as a double."""
 
 
 class Readers(enum.Enum):
@@ -123,6 +125,11 @@ class Node:
     def moved(self) -> bool:
         """A template entry away from its default place: nothing but this node knows where it went."""
         return self.parent is not None and self.template is not None
+
+
+def private_number(backing: int) -> int:
+    """Node and inode number of an object that has the inode number ``backing`` in the private area's file system."""
+    return backing if backing < INO_START else backing + PRIVATE_SHIFT
 
 
 class Handle:

@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -21,19 +22,18 @@ from collections.abc import Callable
 
 from vzfs.errors import VzfsError
 from vzfs.store import magic, sys
-from vzfs.store.index import INO_START, Attributes
+from vzfs.store.index import Attributes
 from vzfs.store.layout import FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR
-from vzfs.store.opened import OpenTemplate
+from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_record
 from vzfs.tree.area import PrivateArea, list_names, node_name
-from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node
+from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node, private_number
+from vzfs.tree.resume import Places, scan
 from vzfs.tree.times import restore_times
 
 log = logging.getLogger(__name__)
 
-PRIVATE_SHIFT = 1 << 52
-"""Added to inode numbers of the private area that reach into the templates' range; still exact as a double."""
 FOLDED_CACHE = 1 << 16
 """Numbers of directories remembered as folded, about 100 bytes each."""
 NAME_MAX = 255
@@ -50,9 +50,14 @@ class Nodes:
         load_template: Callable[[str], OpenTemplate],
         os_template: str,
         changed: Callable[[int], None] | None = None,
+        *,
+        heed_splits: bool = False,
     ) -> None:
         self.area = area
         self.changed = changed or _nobody
+        self._heed_splits = heed_splits
+        self._resumed = False
+        self._places: Places | None = None
         self._load_template = load_template
         self._templates: dict[str, OpenTemplate] = {}
         self._table: dict[int, Node] = {}
@@ -145,6 +150,17 @@ class Nodes:
         node = self._table.get(number)
         if node is not None:
             return node
+        if not self._resumed:
+            return self._by_default(number)
+        try:
+            return self._by_default(number)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        return self._scanned(number) or self._lost(number)
+
+    def _by_default(self, number: int) -> Node:
+        """The node of a template's number, at its default place."""
         template = self._template_of(number)
         if template is None:
             raise OSError(errno.ESTALE, "unknown node")
@@ -153,15 +169,83 @@ class Nodes:
             return self._unchanged(template, entry)
         index = template.index
         if self._in_group(template, entry):
-            return self._group_node(template, entry)
+            node = self._group_node(template, entry)
+            if node.number != number:
+                raise OSError(errno.ESTALE, "the group has another node since it was copied up")
+            return node
         if not entry:
             return Node(number, Kind.FOLDED, number, template, 0)
-        parent_number = self._number(template, index.parent[entry])
+        parent_number = self.number_of(template, index.parent[entry])
         if parent_number not in self._folded:
             parent = self.get(parent_number)
+            if parent.dead:
+                raise OSError(errno.ESTALE, "the node is gone with its directory")
             if parent.kind is Kind.DIRECTORY:
                 return self._found_at_default_place(parent, number, index.name(entry))
         return self._unchanged(template, entry)
+
+    # --------------------------------------------------------------------------------------------------- resuming
+
+    def resume(self) -> None:
+        """Understand, from now on, every number that a dead process gave the kernel for what is here."""
+        self._resumed = True
+        for name in list_names(self.area.orphans_fd):
+            if name.isdigit():
+                self._register_orphan(name)
+
+    def is_known(self, node: Node) -> bool:
+        """Whether the kernel or an open file may still ask for the node."""
+        return node.known or self._resumed
+
+    def _register_orphan(self, name: bytes) -> None:
+        info = os.lstat(name, dir_fd=self.area.orphans_fd)
+        number = int(name)
+        origin, split = self.read_origin(sys.entry_path(self.area.orphans_fd, name))
+        node = Node(number, Kind.OWN, number)
+        if origin is not None and (split or number == self.number_of(*origin)):
+            node = Node(number, Kind.OWN, self.number_of(*origin), *origin)
+        node.orphan = name
+        node.lookups = 1
+        if info.st_nlink > 1:
+            node.lost = True
+            self.set_own(node, Kind.OWN, info.st_ino)
+        else:
+            node.dead = True
+            node.backing = info.st_ino
+            node.last = self.attributes(node)
+        self.register(node)
+
+    def _scanned(self, number: int) -> Node | None:
+        """The living node of a number that isn't at its default place."""
+        if self._places is None:
+            self._places = scan(self)
+            with contextlib.suppress(OSError):
+                return self._by_default(number)  # its template may be known only now
+        place = self._places.get(number)
+        if place is None:
+            return None
+        parent = self.get(place[0])
+        if parent.dead or parent.kind is not Kind.DIRECTORY:
+            return None
+        node = self.child(parent, place[1])
+        return node if node is not None and node.number == number else None
+
+    def _lost(self, number: int) -> Node:
+        """A node for what is not here any more and had nothing on the disk that tells what it was."""
+        template = self._template_of(number)
+        if template is None:
+            node = Node(number, Kind.DIRECTORY, number)
+            node.last = Attributes(number, stat.S_IFDIR | 0o755, 0, 0, 0, 0, 0, 0, 4096, 0, 0, 0)
+        else:
+            entry = number - template.base
+            node = Node(
+                number, Kind.FOLDED if template.index.is_directory(entry) else Kind.TEMPLATE, number, template, entry
+            )
+            node.last = template.index.attributes(entry)._replace(nlink=0)
+        node.dead = True
+        node.lookups = 1
+        self.register(node)
+        return node
 
     def registered(self, number: int) -> Node | None:
         """The node of ``number`` if the table has it."""
@@ -169,7 +253,7 @@ class Nodes:
 
     def _unchanged(self, template: OpenTemplate, entry: int) -> Node:
         kind = Kind.FOLDED if template.index.is_directory(entry) else Kind.TEMPLATE
-        number = self._number(template, entry)
+        number = self.number_of(template, entry)
         if kind is Kind.FOLDED:
             self._note_folded(number, template)
         return Node(number, kind, number, template, entry)
@@ -237,7 +321,8 @@ class Nodes:
             raise OSError(errno.ESTALE, "the node is gone")
         return node
 
-    def _number(self, template: OpenTemplate, entry: int) -> int:
+    def number_of(self, template: OpenTemplate, entry: int) -> int:
+        """Node number of a template's entry."""
         number: int = template.base + template.index.leader[entry]
         return ROOT_NUMBER if number == self.root.ino else number
 
@@ -266,7 +351,7 @@ class Nodes:
         return self._own(parent, name, info)
 
     def _folded_child(self, template: OpenTemplate, entry: int) -> Node:
-        number = self._number(template, entry)
+        number = self.number_of(template, entry)
         known = self._table.get(number)
         if known is not None and not known.dead:
             return known
@@ -279,7 +364,7 @@ class Nodes:
         link = magic.parse(text)
         template = self.template(link.template) if link else None
         entry = template.index.find_path(link.path) if link and template else None
-        if template is None or entry is None or self._number(template, entry) == ROOT_NUMBER:
+        if template is None or entry is None or self.number_of(template, entry) == ROOT_NUMBER:
             log.error("%r is a malformed or dangling magic link: %r", name, text)
             raise OSError(errno.EIO, "malformed or dangling magic link", name)
         if self._in_group(template, entry):
@@ -312,10 +397,12 @@ class Nodes:
         known = self._by_backing.get(info.st_ino)
         if known is not None:
             return known
+        own = not (stat.S_ISLNK(info.st_mode) and magic.is_magic(os.readlink(key, dir_fd=self.area.links_fd)))
+        split = own and self.read_origin(sys.entry_path(self.area.links_fd, key))[1]
         # A dead node of that number is what readers keep, see ``split``.
-        free = number if node is None else private_number(info.st_ino)
+        free = number if node is None and not split else private_number(info.st_ino)
         node = Node(free, Kind.RECORD, number, template, leader, group=True)
-        if not (stat.S_ISLNK(info.st_mode) and magic.is_magic(os.readlink(key, dir_fd=self.area.links_fd))):
+        if own:
             self.set_own(node, Kind.OWN, info.st_ino)
         self.register(node)
         return node
@@ -324,7 +411,7 @@ class Nodes:
         """The node of an object of the container's own."""
         node = self._by_backing.get(info.st_ino)
         if node is not None:
-            if info.st_nlink > 1 and not node.is_directory:
+            if (info.st_nlink > 1 or node.lost) and not node.is_directory:
                 self.add_name(node, parent, name)
             return node
         kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
@@ -338,24 +425,21 @@ class Nodes:
 
     def _copied(self, parent: Node, name: bytes, kind: Kind, backing: int) -> Node | None:
         """The template's node if the object was copied from one, so that it keeps that inode number."""
-        try:
-            data = os.getxattr(self._at(parent, name), ORIGIN_XATTR, follow_symlinks=False)
-        except OSError as error:
-            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                return None
-            raise
-        origin = self._parse_origin(data)
-        if origin is None:
+        origin, split = self.read_origin(self._at(parent, name))
+        if origin is None or origin[0].index.is_directory(origin[1]) != (kind is Kind.DIRECTORY):
             return None
-        number = self._number(*origin)
-        if origin[0].index.is_directory(origin[1]) != (kind is Kind.DIRECTORY):
-            return None
-        holder = self._table.get(number)
-        if holder is None:
-            return Node(number, kind, number, *origin)
-        if holder.dead and holder.template is not None:  # readers keep it, see ``split``
+        number = self.number_of(*origin)
+        if split:
             return Node(private_number(backing), kind, number, *origin)
+        if number not in self._table:
+            return Node(number, kind, number, *origin)
         return None  # somebody copied the object together with its origin: only one can keep the number
+
+    def read_origin(self, path: bytes) -> tuple[tuple[OpenTemplate, int] | None, bool]:
+        """What the object at ``path`` was copied from, and whether its readers kept the number, see ``split``."""
+        data = _xattr(path, ORIGIN_XATTR)
+        origin = None if data is None else self._parse_origin(data)
+        return origin, origin is not None and self._heed_splits and _xattr(path, SPLIT_XATTR) is not None
 
     def new_own(self, kind: Kind, backing: int) -> Node:
         """A node for an object of the private area that came from no template, not yet registered."""
@@ -391,7 +475,7 @@ class Nodes:
 
     def _is_default_place(self, node: Node, parent: Node, name: bytes) -> bool:
         template = node.template
-        if template is None or self._number(template, template.index.parent[node.entry]) != parent.number:
+        if template is None or self.number_of(template, template.index.parent[node.entry]) != parent.number:
             return False
         return name == template.index.name(node.entry)
 
@@ -467,6 +551,8 @@ class Nodes:
         node.dead = True
         node.lost = False
         self._folded.pop(node.number, None)
+        if self._resumed:
+            node.lookups = max(node.lookups, 1)  # the kernel forgets it for certain
         self._by_backing.pop(node.backing, None)
         if node.lookups > 0:
             self.area.hold(node)  # a process may be in it: to the kernel, a new node of its number would be its end
@@ -534,7 +620,7 @@ class Nodes:
             return node.parent
         if node.template is None or node.dead or node.lost:
             raise OSError(errno.ESTALE, "the node has no place")
-        return self.get(self._number(node.template, node.template.index.parent[node.entry]))
+        return self.get(self.number_of(node.template, node.template.index.parent[node.entry]))
 
     def directory_fd(self, node: Node) -> int:
         """Descriptor of a real directory, borrowed (see ``PrivateArea``)."""
@@ -668,9 +754,13 @@ def _nobody(number: int) -> None:
     """Nobody wants to know that the node's data is elsewhere."""
 
 
-def private_number(backing: int) -> int:
-    """Node and inode number of an object that has the inode number ``backing`` in the private area's file system."""
-    return backing if backing < INO_START else backing + PRIVATE_SHIFT
+def _xattr(path: bytes, name: str) -> bytes | None:
+    try:
+        return os.getxattr(path, name, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
 
 
 def check_name(name: bytes) -> None:

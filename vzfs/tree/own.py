@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from vzfs.store import sys
 from vzfs.store.faults import step
 from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR, OWN_FOLDER_MODE, XATTR_PREFIX
-from vzfs.store.opened import OpenTemplate, apply_attributes
+from vzfs.store.opened import SPLIT_XATTR, OpenTemplate, apply_attributes
 from vzfs.store.ownlink import make_own_link
 from vzfs.store.record import Record, read_own_xattrs, read_record
 from vzfs.tree.area import PrivateArea, Sync
+from vzfs.tree.counters import Counters
 from vzfs.tree.node import Kind, Node, Readers
 from vzfs.tree.nodes import Nodes
 from vzfs.tree.times import unchanged_times
@@ -35,7 +36,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 class Owner:
     """Turns nodes of the template into the container's own."""
 
-    def __init__(self, nodes: Nodes, area: PrivateArea, sync: Sync, readers: Readers) -> None:
+    def __init__(self, nodes: Nodes, area: PrivateArea, sync: Sync, readers: Readers, counters: Counters) -> None:
+        self._counters = counters
         self._readers = readers
         self._nodes = nodes
         self._area = area
@@ -68,6 +70,7 @@ class Owner:
         if parent.folded_children:
             parent.folded_children -= 1
         self._nodes.unfolded(node, backing)
+        self._counters.unfolds += 1
         with _best_effort("remove the magic link that came back"):
             os.unlink(staged, dir_fd=self._area.stage_fd)
 
@@ -139,10 +142,13 @@ class Owner:
         apply_attributes(path, attributes if mtime_ns is None else attributes._replace(mtime_ns=mtime_ns), xattrs)
         backing = os.lstat(staged, dir_fd=stage).st_ino
         keep_readers = node.is_open and not node.dead and self._readers is Readers.KEEP
+        if keep_readers:
+            os.setxattr(path, SPLIT_XATTR, b"1", follow_symlinks=False)
         with contextlib.ExitStack() as cleaning:
             fds = [] if keep_readers else self._for_handles(node, staged, cleaning)
             step("copy-up:staged")
             self._place_copy(node, staged, attributes.nlink)
+            self._counters.copy_ups += 1
             if keep_readers:
                 node.last = attributes
                 self._nodes.split(node, backing)
@@ -303,7 +309,7 @@ class Owner:
         assert node.template is not None
         key = node.template.group_key(node.entry)
         with _best_effort("remove a link group's record"):
-            if node.known and node.kind is Kind.OWN:
+            if self._nodes.is_known(node) and node.kind is Kind.OWN:
                 orphan = b"%d" % node.number
                 os.rename(key, orphan, src_dir_fd=self._area.links_fd, dst_dir_fd=self._area.orphans_fd)
                 node.orphan = orphan

@@ -33,6 +33,7 @@ from vzfs.store.opened import OpenTemplate
 from vzfs.store.ownlink import make_own_link, read_own_link
 from vzfs.store.record import Record
 from vzfs.tree.area import PrivateArea, Sync, list_names
+from vzfs.tree.counters import Counters
 from vzfs.tree.listing import REAL_OFFSETS, Listing, list_folded, list_real
 from vzfs.tree.node import Entry, Handle, Kind, Node, Readers
 from vzfs.tree.nodes import Nodes, check_name
@@ -80,6 +81,9 @@ class Changes:
 class Tree:
     """The file system of the container at ``container``; its lock must be held by the caller.
 
+    With ``resume`` the kernel goes on with what it knows from a dead process that served the container: orphans are
+    kept and every node number that process gave is understood (see ``vzfs.tree.resume``).
+
     ``changed(number)`` is called, under the lock, whenever the object that holds the data of the node is another one
     from now on, or gone. Raises ``OSError`` and, at construction, ``VzfsError`` when the container or its template is
     damaged or missing.
@@ -93,6 +97,7 @@ class Tree:
         read_only: bool = False,
         sync: Sync = Sync.DATA,
         readers: Readers = Readers.SHARE,
+        resume: bool = False,
         changed: Callable[[int], None] | None = None,
     ) -> None:
         conf = Conf.load(container / CONF)
@@ -104,12 +109,23 @@ class Tree:
         self._area = PrivateArea(container, read_only=read_only)
         try:
             if not read_only:
-                self._area.clear_leftovers()
-            self._nodes = Nodes(self._area, lambda name: OpenTemplate(layout, name), conf.get(OSTEMPLATE), changed)
+                self._area.clear_stage()
+            if not read_only and not resume:
+                self._area.clear_orphans()
+            self._nodes = Nodes(
+                self._area,
+                lambda name: OpenTemplate(layout, name),
+                conf.get(OSTEMPLATE),
+                changed,
+                heed_splits=readers is Readers.KEEP,
+            )
+            if resume:
+                self._nodes.resume()
         except BaseException:
             self._area.close()
             raise
-        self._owner = Owner(self._nodes, self._area, sync, readers)
+        self.counters = Counters()
+        self._owner = Owner(self._nodes, self._area, sync, readers, self.counters)
         ready = Ready(self._nodes, self.lock)
         self.ready_lookup, self.ready_attributes = ready.lookup, ready.attributes
         self.ready_listing, self.ready_xattr = ready.listing, ready.no_xattrs
@@ -120,7 +136,8 @@ class Tree:
             for number in list(self._handles):
                 self.release(number)
             if not self._read_only:
-                self._area.clear_leftovers()
+                self._area.clear_stage()
+                self._area.clear_orphans()
             self._nodes.close()
             self._area.close()
 
@@ -317,23 +334,26 @@ class Tree:
         """Copy up ``number``, which is no directory, with the first ``size`` bytes of its content (``None``: all)."""
 
         cut = False
+        length = 0
 
         def stage(node: Node, staged: bytes) -> None:
-            nonlocal cut
+            nonlocal cut, length
             assert node.template is not None
             attributes = node.template.index.attributes(node.entry)
             cut = size is not None and size < attributes.size
             if not stat.S_ISREG(attributes.mode):
                 self._owner.stage_special(node, staged)
                 return
+            length = attributes.size if size is None else min(size, attributes.size)
             source = node.template.open_source(node.entry)
             try:
-                self._owner.stage_file(source, staged, attributes.size if size is None else min(size, attributes.size))
+                self._owner.stage_file(source, staged, length)
             finally:
                 os.close(source)
 
         def commit(node: Node, staged: bytes) -> None:
             self._owner.commit_copy(node, staged, time.time_ns() if cut else None)
+            self.counters.copied_bytes += length
 
         self._own(number, lambda node: node.kind in (Kind.TEMPLATE, Kind.RECORD), stage, commit)
 
@@ -612,7 +632,7 @@ class Tree:
         if node.kind is not Kind.OWN or node.group or node.orphan:
             return False
         if last:
-            return node.known
+            return self._nodes.is_known(node)
         return node.is_open and not node.others and self._nodes.lies_at(node, directory, name)
 
     def _loses_last_name(self, node: Node) -> bool:
