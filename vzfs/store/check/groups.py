@@ -11,7 +11,7 @@ from vzfs.store import magic, sys
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.layout import ATTR_XATTR, COW, LINKS, NLINK_XATTR, RESERVED_PREFIX, STAGE
-from vzfs.store.opened import OpenTemplate
+from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
 from vzfs.store.record import Record
 from vzfs.store.survey import Spot, Survey, read_xattr
 from vzfs.store.template import printable
@@ -102,6 +102,8 @@ class _Record:
             fault = self._fault(fd)
             attributes = read_xattr(sys.entry_path(fd, self._key), ATTR_XATTR)
             noted = read_xattr(sys.entry_path(fd, self._key), NLINK_XATTR)
+            split = read_xattr(sys.entry_path(fd, self._key), SPLIT_XATTR)
+            own = stat.S_ISREG(os.lstat(self._key, dir_fd=fd).st_mode)
         finally:
             os.close(fd)
         lose = self._ground.in_cow(LINKS, self._key, self._ground.lost.take)
@@ -116,6 +118,9 @@ class _Record:
         if attributes is not None and not is_record(attributes):
             detail = f"{ATTR_XATTR} can't be {printable(attributes)}"
             self._report(path, "bad-record", detail, self._ground.in_cow(LINKS, self._key, _forget_attributes))
+        if split is not None and (split != b"1" or not own):
+            detail = f"{SPLIT_XATTR} can't be {printable(split)}"
+            self._report(path, "bad-record", detail, self._ground.in_cow(LINKS, self._key, _forget_split))
         if noted != b"%d" % names:
             detail = f"has {names} names, {NLINK_XATTR} says {printable(noted or b'nothing')}"
             self._report(path, "link-count", detail, self._ground.in_cow(LINKS, self._key, _note_count(names)))
@@ -150,6 +155,11 @@ def is_record(value: bytes) -> bool:
 
 def _forget_attributes(links_fd: int, key: bytes) -> str:
     os.removexattr(sys.entry_path(links_fd, key), ATTR_XATTR, follow_symlinks=False)
+    return "removed"
+
+
+def _forget_split(links_fd: int, key: bytes) -> str:
+    os.removexattr(sys.entry_path(links_fd, key), SPLIT_XATTR, follow_symlinks=False)
     return "removed"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.check.groups import is_record, make_record
 from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, ORIGIN_XATTR, PRIVATE_AREA
-from vzfs.store.opened import OpenTemplate
+from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
 from vzfs.store.survey import Folder, Form, Spot, Survey, Thing, identify, read_xattr
 from vzfs.store.template import printable
 
@@ -37,6 +38,7 @@ class NameChecker:
             self._check_link(spot, dir_fd, thing)
         else:
             self._check_origin(spot, thing)
+            self._check_split(spot, dir_fd, thing)
 
     def _tell(self, spot: Spot, kind: str, detail: str, mend: Mend | None) -> None:
         self._report(area_path(spot), kind, detail, mend)
@@ -68,6 +70,16 @@ class NameChecker:
         if read_xattr(sys.fd_path(dir_fd) + b"/.", FOLDS_XATTR) is None:
             mend = self._ground.at(Spot(folder, b"."), _mark)
             self._report(folder_path(folder), "folds", f"holds folded directories, but has no {FOLDS_XATTR}", mend)
+
+    def _check_split(self, spot: Spot, dir_fd: int, thing: Thing) -> None:
+        """The mark of a copy whose readers kept the template's data belongs on copied-up regular files."""
+        value = read_xattr(sys.entry_path(dir_fd, spot.name), SPLIT_XATTR)
+        if value is None or (value == b"1" and thing.template is not None and stat.S_ISREG(thing.info.st_mode)):
+            return
+        detail = f"{SPLIT_XATTR} can't be {printable(value)}"
+        if value == b"1":
+            detail = f"{SPLIT_XATTR}, but not copied up from a regular file"
+        self._tell(spot, "bad-record", detail, self._ground.at(spot, _remove_xattr(SPLIT_XATTR)))
 
     def _check_origin(self, spot: Spot, thing: Thing) -> None:
         template, origin = thing.template, thing.origin
