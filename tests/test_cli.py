@@ -25,7 +25,7 @@ from click.testing import CliRunner, Result
 
 from vzfs.cli.app import cli
 from vzfs.cli.base import Command, Group
-from vzfs.cli.show import escape_name, plain, printable, size
+from vzfs.cli.show import duration, escape_name, plain, printable, size
 from vzfs.errors import BusyError, DamagedError, FullError, NotFoundError, NotMountedError, SourceError, VzfsError
 from vzfs.store.problem import Problem
 
@@ -46,6 +46,10 @@ class FakeStatus:
     engine: str | None
     since: float | None
     read_only: bool
+    protocol: str | None = None
+    flags: tuple[str, ...] | None = None
+    passthrough: bool | None = None
+    max_write: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +236,7 @@ def test_every_command_of_the_reference_exists() -> None:
         "create",
         "list",
         "status",
+        "stats",
         "mount",
         "umount",
         "diff",
@@ -310,6 +315,10 @@ def test_completion_knows_containers_and_templates(store: FakeStore) -> None:
     assert complete("create", "5", "--template", incomplete="deb") == ["debian-12"]
     assert complete("template", "show") == ["debian-12"]
     assert "umount" in complete(incomplete="u")
+    assert complete("stats", incomplete="10") == ["101", "102"]
+    assert complete("mount", "101", "--engine") == ["auto", "direct", "pyfuse3"]
+    assert "--busy-poll" in complete("mount", incomplete="--b")
+    assert "--watch" in complete("stats", "101", incomplete="--w")
 
 
 def test_completion_of_an_unreadable_store_is_empty(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,6 +488,23 @@ def test_sizes() -> None:
     ]
 
 
+def test_durations() -> None:
+    minute = 60_000_000_000
+    spans = (0, 850, 1_500, 12_345, 4_500_000, 999_999_999, 1_500_000_000, 59 * 10**9)
+    assert [duration(ns) for ns in spans] == [
+        "0 ns",
+        "850 ns",
+        "1.5 µs",
+        "12 µs",
+        "4.5 ms",
+        "1000 ms",
+        "1.5 s",
+        "59 s",
+    ]
+    spans = (minute, 59 * minute, 60 * minute, 192 * minute, 48 * 60 * minute, 50 * 60 * minute)
+    assert [duration(ns) for ns in spans] == ["1 min", "59 min", "1 h 0 min", "3 h 12 min", "2 d 0 h", "2 d 2 h"]
+
+
 def test_diff_lines(store: FakeStore) -> None:
     store.cts[0].changes = [
         FakeChange("added", "/new"),
@@ -538,12 +564,15 @@ def test_create_passes_everything_on(store: FakeStore) -> None:
 def test_mount_passes_everything_on(store: FakeStore) -> None:
     mount = ["mount", "101", "/mnt/x", "--ro", "--engine", "pyfuse3", "--sync", "full", "--log", "/var/log/x"]
     assert run(*mount).stdout == "/mnt/x\n"
-    options = {"read_only": True, "engine": "pyfuse3", "sync": "full", "log": "/var/log/x"}
+    options = {"read_only": True, "engine": "pyfuse3", "sync": "full", "log": "/var/log/x", "busy_poll_us": 0}
     run(*mount, "--foreground")
     run("mount", "102")
     assert store.cts[0].calls == [("mount", ("/mnt/x", options)), ("serve", ("/mnt/x", options))]
-    defaults = {"read_only": False, "engine": "auto", "sync": "data", "log": None}
-    assert store.cts[1].calls == [("mount", (None, defaults))]
+    run("mount", "102", "--engine", "direct", "--busy-poll", "150")
+    defaults = {"read_only": False, "engine": "auto", "sync": "data", "log": None, "busy_poll_us": 0}
+    polling = {**defaults, "engine": "direct", "busy_poll_us": 150}
+    assert store.cts[1].calls == [("mount", (None, defaults)), ("mount", (None, polling))]
+    assert "'auto', 'direct', 'pyfuse3'" in run("mount", "102", "--engine", "best", code=2).stderr
 
 
 def test_umount_all_takes_the_mounted_ones(store: FakeStore) -> None:

@@ -90,7 +90,7 @@ def _row(container: Container, now: Statistics) -> dict[str, Any]:
 
 
 def show(now: Statistics, before: Statistics | None = None) -> None:
-    """A snapshot for people; with an earlier one, also how often per second each request came since then."""
+    """A snapshot for people; with an earlier one, also how often each request came since then, and the pauses of it."""
     rows = sorted(now.requests.items(), key=lambda row: -row[1])
     rows.append(("total", now.total))
     if before is None:
@@ -104,17 +104,21 @@ def show(now: Statistics, before: Statistics | None = None) -> None:
             [(name, f"{count:,}", rate) for (name, count), rate in zip(rows, rates, strict=True)],
         )
     click.echo()
-    print_fields(_fields(now))
+    print_fields(_fields(now, before))
 
 
-def _fields(now: Statistics) -> Iterator[tuple[str, str]]:
+def _fields(now: Statistics, before: Statistics | None) -> Iterator[tuple[str, str]]:
     yield "answered from", _answered(now)
     yield "errors", f"{now.errors:,}"
     yield "copied files", f"{now.copy_ups:,} ({size(now.copied_bytes)})"
     yield "unfolded directories", f"{now.unfolds:,}"
     yield "backing files", f"{now.backing_open:,} open, {now.backing_registered:,} registered"
-    yield "pauses", _pauses(now.pauses)
-    yield "slow requests", _pauses(now.slow)
+    if before is None:
+        yield "pauses", _pauses(now.pauses)
+        yield "slow requests", _pauses(now.slow)
+    else:
+        yield "new pauses", _pauses(now.pauses.since(before.pauses))
+        yield "new slow requests", _pauses(now.slow.since(before.slow))
     yield "mounted for", duration(round(now.mounted_s * 1e9))
     yield "serving process", f"number {now.incarnation}, for {duration(round(now.uptime_s * 1e9))}"
 
@@ -131,7 +135,7 @@ def _pauses(pauses: Pauses) -> str:
         return "none"
     shares = ((50, pauses.p50_ns), (90, pauses.p90_ns), (99, pauses.p99_ns))
     percentiles = ", ".join(f"{share} % up to {duration(ns)}" for share, ns in shares)
-    return f"{pauses.count:,}: {percentiles}, all below {duration(pauses.longest_ns)}"
+    return f"{pauses.count:,}: {percentiles}, none above {duration(pauses.longest_ns)}"
 
 
 COMMANDS = (stats,)

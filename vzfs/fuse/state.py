@@ -89,7 +89,7 @@ class Pauses:
         """The figures of a histogram; all 0 for an empty one."""
         used = max((n + 1 for n, count in enumerate(buckets) if count), default=0)
         p50, p90, p99 = (percentile(buckets, share) for share in (0.5, 0.9, 0.99))
-        return cls(sum(buckets), p50, p90, p99, (1 << used >> 1) - 1 if used else 0, tuple(buckets[:used]))
+        return cls(sum(buckets), p50, p90, p99, max(0, (1 << used >> 1) - 1), tuple(buckets[:used]))
 
     def since(self, earlier: Pauses) -> Pauses:
         """Those that came after an earlier snapshot of the same mount."""
