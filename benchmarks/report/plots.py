@@ -1,0 +1,423 @@
+"""Plots of a run as SVG text.
+
+Rules:
+- Every round is a point; the median is a mark beside them. What scatters is seen to scatter.
+- Dark on light, with a background of its own, so that a plot can be read on a page of any colour.
+- Text stays text; identifiers are the plot's own, so that several plots fit into one page. The same run gives the
+  same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from benchmarks.report.units import clean
+from benchmarks.report.view import Key, View, rate_unit, sample_rate
+from benchmarks.results import Figure, Sample, SystemInfo
+from benchmarks.statistics import median
+
+COLUMNS = 3
+ROW_HEIGHT, PANEL_WIDTH, HEAD_HEIGHT = 0.34, 4.1, 0.75  # inches
+LOGARITHMIC_FROM = 8.0
+"""Largest to smallest value in a panel from which its axis is logarithmic."""
+INK, FAINT, PAPER = "#1b1b1b", "#d9d9d9", "#ffffff"
+COLOURS = {"idle": "#1f5fa8", "busy": "#c2571a"}
+MARKERS = {"idle": "o", "busy": "D"}
+PALETTE = ("#1f5fa8", "#c2571a", "#1d7d4f", "#8a4a9e", "#a38210", "#b03060", "#4c6b70", "#5b4636", "#000000")
+"""Of systems, for lines; all dark enough on white."""
+STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
+GROWTH_GROUP = "scale"
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vzfs-bench",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """``name`` is a file name without ending, ``group`` the heading it belongs to; ``svg`` starts with ``<svg``."""
+
+    name: str
+    group: str
+    title: str
+    svg: str
+    throughput: bool
+    """Whether it is the group's main plot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One step in a grid of plots."""
+
+    figure: Figure
+    clients: int
+    title: str
+
+
+def plots(view: View) -> list[Plot]:
+    """All plots of a run, in the order of groups: throughput, then latencies, then numbers of clients."""
+    found: list[Plot] = []
+    with settings():
+        for group in view.groups:
+            title = group.capitalize()
+            for name, words, canvas in (
+                (group, f"{title}: every round", throughput_canvas(view, group)),
+                (f"{group}-latency", f"{title}: latency percentiles", latency_canvas(view, group)),
+                (f"{group}-clients", f"{title}: by number of clients", clients_canvas(view, group)),
+                (f"{group}-growth", f"{title}: how cost grows", growth_canvas(view, group)),
+            ):
+                if canvas is not None:
+                    safe = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "group"
+                    found.append(Plot(safe, group, clean(words), as_svg(canvas, safe, clean(words)), name == group))
+    return found
+
+
+def throughput_canvas(view: View, group: str) -> Canvas | None:
+    """Each step of a group with one client: a point for each round, system and condition. None without steps."""
+    panels = [
+        Panel(figure, clients[0], f"{figure.workload_title}\n{figure.title}")
+        for figure in _figures(view, group)
+        if (clients := view.clients(figure))
+    ]
+
+    def draw(axes: Axes, panel: Panel, systems: Sequence[SystemInfo]) -> None:
+        _draw_rounds(axes, view, panel, systems)
+
+    return _grid(view, panels, draw, _condition_handles(view))
+
+
+def latency_canvas(view: View, group: str) -> Canvas | None:
+    """Percentiles of each step that has latencies, with one client; a point for each round. None without any."""
+    panels = [
+        Panel(figure, clients[0], f"{figure.workload_title}\n{figure.title}")
+        for figure in _figures(view, group)
+        if (clients := view.clients(figure)) and _has_latencies(view, figure, clients[0])
+    ]
+
+    def draw(axes: Axes, panel: Panel, systems: Sequence[SystemInfo]) -> None:
+        _draw_latencies(axes, view, panel, systems)
+
+    handles = [
+        Line2D([], [], color=INK, marker="o", markersize=4, linestyle="", label="p50"),
+        Line2D([], [], color=INK, marker=">", markersize=4, linestyle="", label="p99"),
+        Line2D([], [], color=INK, marker="|", markersize=8, linestyle="", label="p99.9"),
+    ]
+    return _grid(view, panels, draw, [*_condition_handles(view), *handles])
+
+
+def clients_canvas(view: View, group: str) -> Canvas | None:
+    """How throughput grows with clients, by system; a point for each round. None if there is one number of clients."""
+    chosen = [
+        (figure, condition)
+        for figure in _figures(view, group)
+        if len(view.clients(figure)) > 1 and not figure.unit
+        for condition in view.conditions
+    ]
+    if not chosen:
+        return None
+    columns = max(1, len(view.conditions))
+    rows = math.ceil(len(chosen) / columns)
+    canvas = Canvas(figsize=(PANEL_WIDTH * columns * 1.3, 2.6 * rows + HEAD_HEIGHT), layout="constrained")
+    grid: Any = canvas.subplots(rows, columns, squeeze=False)
+    colours = _system_colours(view)
+    for axes, (figure, condition) in zip(grid.flat, chosen, strict=False):
+        _draw_clients(axes, view, figure, condition, colours)
+    for axes in list(grid.flat)[len(chosen) :]:
+        axes.set_visible(False)
+    handles = [
+        Line2D([], [], color=colour, marker="o", markersize=4, label=_name(name)) for name, colour in colours.items()
+    ]
+    canvas.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False)
+    return canvas
+
+
+def growth_canvas(view: View, group: str) -> Canvas | None:
+    """How cost grows with the number that a step's name ends in (``lookup-50``): a line for each system and workload, a
+    point for each round. None where no two steps differ in that number only."""
+    families: dict[str, dict[str, dict[int, Figure]]] = defaultdict(lambda: defaultdict(dict))
+    for figure in _figures(view, group) if group == GROWTH_GROUP else []:
+        if found := re.fullmatch(r"(.+)-(\d+)", figure.step):
+            families[found[1]][figure.workload][int(found[2])] = figure
+    chosen = [(name, workloads) for name, workloads in families.items() if any(len(x) > 1 for x in workloads.values())]
+    if not chosen:
+        return None
+    canvas = Canvas(figsize=(PANEL_WIDTH * 1.2 * len(chosen), 4.2 + HEAD_HEIGHT), layout="constrained")
+    grid: Any = canvas.subplots(1, len(chosen), squeeze=False)
+    colours = _system_colours(view)
+    for axes, (name, workloads) in zip(grid.flat, chosen, strict=True):
+        _draw_growth(axes, view, workloads, colours)
+        axes.set_title(_fold(name), loc="left", fontsize=9)
+    titles = dict.fromkeys(
+        figures[0].workload_title for _, w in chosen for x in w.values() if (figures := [*x.values()])
+    )
+    handles = [Line2D([], [], color=colour, label=_name(name)) for name, colour in colours.items()]
+    handles += [
+        Line2D([], [], color=INK, linestyle=STYLES[turn % len(STYLES)], label=_name(title))
+        for turn, title in enumerate(titles)
+    ]
+    canvas.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False)
+    return canvas
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """The look of all plots; canvases must be made and written within."""
+    with mpl.rc_context(SETTINGS):
+        yield
+
+
+def as_svg(canvas: Canvas, name: str, title: str) -> str:
+    """A canvas as an ``<svg>`` element that says what it shows and stands alone."""
+    text = StringIO()
+    canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'((?:xlink:)?href="|url\()#', rf"\1#{name}-", svg)
+    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).rstrip() + "\n"
+
+
+def _grid(
+    view: View,
+    panels: Sequence[Panel],
+    draw: Callable[[Axes, Panel, Sequence[SystemInfo]], None],
+    handles: Sequence[Line2D],
+) -> Canvas | None:
+    """Panels side by side, systems below each other in each."""
+    systems = [system for system in view.systems if not system.missing]
+    if not panels or not systems:
+        return None
+    columns = min(COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    height = (ROW_HEIGHT * len(systems) + 1.05) * rows + HEAD_HEIGHT
+    canvas = Canvas(figsize=(PANEL_WIDTH * columns + 0.6, height), layout="constrained")
+    grid: Any = canvas.subplots(rows, columns, squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(panels):
+            axes.set_visible(False)
+            continue
+        draw(axes, panels[place], systems)
+        axes.set_title(_fold(panels[place].title), loc="left", fontsize=9)
+        axes.set_ylim(len(systems) - 0.5, -0.5)
+        axes.set_yticks(range(len(systems)), [_name(system.name) for system in systems])
+        for label, system in zip(axes.get_yticklabels(), systems, strict=True):
+            label.set_fontweight("bold" if system.name.startswith("vzfs") else "normal")
+        axes.tick_params(axis="y", length=0, labelleft=place % columns == 0)
+        for line in range(len(systems)):
+            axes.axhline(line, color=FAINT, linewidth=0.6, zorder=0)
+    canvas.legend(handles=list(handles), loc="outside upper left", ncols=6, frameon=False)
+    return canvas
+
+
+def _draw_rounds(axes: Axes, view: View, panel: Panel, systems: Sequence[SystemInfo]) -> None:
+    values: list[float] = []
+    unit = ""
+    for line, system in enumerate(systems):
+        for samples, place, condition in _placed(view, panel, system, line):
+            found = [_value(sample, panel.figure) for sample in samples]
+            values += found
+            unit = unit or rate_unit(samples, panel.figure)
+            _points(axes, found, place, condition)
+    if panel.figure.unit:
+        axes.set_xlabel(f"{_name(panel.figure.unit)}   (← less is better)", fontsize=8)
+    else:
+        words = "MiB per second" if unit == "MiB/s" else "operations per second"
+        axes.set_xlabel(f"{words}   (more is better →)", fontsize=8)
+    _scale(axes, values)
+
+
+def _draw_latencies(axes: Axes, view: View, panel: Panel, systems: Sequence[SystemInfo]) -> None:
+    values: list[float] = []
+    for line, system in enumerate(systems):
+        for samples, place, condition in _placed(view, panel, system, line):
+            found = [sample.latency for sample in samples if sample.latency]
+            if not found:
+                continue
+            colour = COLOURS.get(condition, INK)
+            for percentile, marker, size in (("p50", "o", 10), ("p99", ">", 12), ("p999", "|", 40)):
+                each = [getattr(latency, percentile) * 1e-9 for latency in found]
+                values += each
+                axes.scatter(each, [place] * len(each), s=size, marker=marker, color=colour, alpha=0.7, linewidths=0.8)
+            ends = [
+                median([latency.p50 * 1e-9 for latency in found]),
+                median([latency.p999 * 1e-9 for latency in found]),
+            ]
+            axes.plot(ends, [place, place], color=colour, linewidth=0.8, alpha=0.6)
+    axes.set_xlabel("latency   (← less is better)", fontsize=8)
+    _scale(axes, values, unit="s", logarithmic=True)
+
+
+def _draw_clients(axes: Axes, view: View, figure: Figure, condition: str, colours: dict[str, str]) -> None:
+    numbers = view.clients(figure)
+    values: list[float] = []
+    for turn, (system, colour) in enumerate(colours.items()):
+        offset = (turn - (len(colours) - 1) / 2) * 0.06
+        middles = []
+        for position, clients in enumerate(numbers):
+            samples = view.samples(Key(figure.workload, figure.step, condition, clients), system)
+            found = [_value(sample, figure) for sample in samples]
+            if not found:
+                continue
+            values += found
+            axes.scatter([position + offset] * len(found), found, s=9, color=colour, alpha=0.6, linewidths=0)
+            middles.append((position + offset, median(found)))
+        axes.plot([x for x, _ in middles], [y for _, y in middles], color=colour, linewidth=1.2)
+    title = _fold(f"{figure.workload_title}: {figure.title}", 58)
+    axes.set_title(f"{title}\n{_name(condition)}", loc="left", fontsize=9)
+    axes.set_xticks(range(len(numbers)), [str(clients) for clients in numbers])
+    axes.set_xlabel("clients", fontsize=8)
+    axes.set_ylabel("MiB per second" if figure.throughput else "operations per second", fontsize=8)
+    _scale(axes, values, axis="y")
+
+
+def _draw_growth(axes: Axes, view: View, workloads: dict[str, dict[int, Figure]], colours: dict[str, str]) -> None:
+    values: list[float] = []
+    unit = ""
+    for turn, steps in enumerate(workloads.values()):
+        for system, colour in colours.items():
+            middles = []
+            for number, figure in sorted(steps.items()):
+                unit = figure.unit
+                clients, condition = view.clients(figure)[0], view.conditions_of(figure, view.clients(figure)[0])[0]
+                samples = view.samples(Key(figure.workload, figure.step, condition, clients), system)
+                found = [sample.figure for sample in samples]
+                if found:
+                    values += found
+                    axes.scatter([number] * len(found), found, s=9, color=colour, alpha=0.6, linewidths=0)
+                    middles.append((number, median(found)))
+            style = STYLES[turn % len(STYLES)]
+            axes.plot([x for x, _ in middles], [y for _, y in middles], color=colour, linestyle=style, linewidth=1.2)
+    axes.set_xscale("log")
+    numbers = sorted({number for steps in workloads.values() for number in steps})
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(f"{_name(unit) or 'time per operation'}   (↓ less is better)", fontsize=8)
+    _scale(axes, values, axis="y", unit="" if unit else "s")
+
+
+def _placed(view: View, panel: Panel, system: SystemInfo, line: int) -> Iterator[tuple[tuple[Sample, ...], float, str]]:
+    """A system's samples under each condition, with the height at which they are drawn."""
+    names = view.conditions
+    for turn, condition in enumerate(names):
+        place = line + (turn - (len(names) - 1) / 2) * 0.36
+        samples = view.samples(Key(panel.figure.workload, panel.figure.step, condition, panel.clients), system.name)
+        if samples:
+            yield samples, place, condition
+
+
+def _points(axes: Axes, values: Sequence[float], place: float, condition: str) -> None:
+    """Rounds one below the other around ``place``, in their order, and their median as an upright line."""
+    colour = COLOURS.get(condition, INK)
+    middle = (len(values) - 1) / 2
+    heights = [place + (turn - middle) * 0.16 / max(1, len(values) - 1) for turn in range(len(values))]
+    axes.scatter(
+        values, heights, s=13, marker=MARKERS.get(condition, "s"), color=colour, alpha=0.65, linewidths=0, zorder=3
+    )
+    axes.plot([median(values)] * 2, [place - 0.16, place + 0.16], color=colour, linewidth=1.6, zorder=4)
+
+
+def _value(sample: Sample, figure: Figure) -> float:
+    """What is drawn of a sample: its rate, or its quantity."""
+    rate = sample_rate(sample, figure)
+    return sample.figure if rate is None else rate
+
+
+def _scale(axes: Axes, values: Sequence[float], *, axis: str = "x", unit: str = "", logarithmic: bool = False) -> None:
+    """Logarithmic where values differ much, else from zero."""
+    which = axes.xaxis if axis == "x" else axes.yaxis
+    positive = bool(values) and min(values) > 0
+    if positive and (logarithmic or max(values) / min(values) > LOGARITHMIC_FROM):
+        (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
+        decades = math.log10(max(values) / min(values))
+        which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.6 else (1.0,), numticks=8))
+        which.set_minor_formatter(NullFormatter())
+        low, high = min(values) / 1.25, max(values) * 1.25
+    else:
+        which.set_major_locator(MaxNLocator(5))
+        low, high = min(0.0, *values, 0.0), max([*values, 0.0]) * 1.08 or 1.0
+    (axes.set_xlim if axis == "x" else axes.set_ylim)(low, high)
+    which.set_major_formatter(EngFormatter(unit=unit, sep="\N{NO-BREAK SPACE}" if unit else ""))
+    axes.grid(axis="x" if axis == "x" else "y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _condition_handles(view: View) -> list[Line2D]:
+    return [
+        Line2D(
+            [],
+            [],
+            color=COLOURS.get(name, INK),
+            marker=MARKERS.get(name, "s"),
+            markersize=4.5,
+            linestyle="",
+            label=_name(name),
+        )
+        for name in view.conditions
+    ] + [Line2D([], [], color=INK, marker="|", markersize=10, linestyle="", markeredgewidth=1.6, label="median")]
+
+
+def _system_colours(view: View) -> dict[str, str]:
+    names = [system.name for system in view.systems if not system.missing]
+    return {name: PALETTE[turn % len(PALETTE)] for turn, name in enumerate(names)}
+
+
+def _figures(view: View, group: str) -> list[Figure]:
+    return [figure for figure in view.figures if figure.group == group]
+
+
+def _has_latencies(view: View, figure: Figure, clients: int) -> bool:
+    return any(
+        sample.latency
+        for system in view.systems
+        for condition in view.conditions
+        for sample in view.samples(Key(figure.workload, figure.step, condition, clients), system.name)
+    )
+
+
+def _name(text: str) -> str:
+    """A name short enough for a plot. A leading underscore would hide a legend's entry."""
+    text = clean(text)
+    text = text if len(text) <= 28 else text[:27] + "…"
+    return f" {text}" if text.startswith("_") else text
+
+
+def _fold(text: str, width: int = 50) -> str:
+    """A title on at most three lines."""
+    lines: list[str] = []
+    for part in clean(text).split("\n"):
+        words = part.split()
+        lines.append("")
+        for word in words:
+            if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    folded = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+    return "\n".join(folded if len(folded) <= 3 else [*folded[:2], folded[2][: width - 1] + "…"])

@@ -1,0 +1,138 @@
+"""Judging a run by ``benchmarks.targets``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from benchmarks.report.units import factor, interval, number, quantity
+from benchmarks.report.view import Key, View
+from benchmarks.statistics import Interval
+from benchmarks.targets import JUDGED, TARGETS, Target
+
+CONDITIONS = ("idle", "busy")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How one target was met under one condition.
+
+    ``measured`` is a ratio where the target has one, else the median in ``target.unit``; None if there is no figure,
+    ``reason`` then says why. ``sure``: whether the whole confidence interval (the whole range, for a quantity) is on
+    the same side of the limit.
+    """
+
+    target: Target
+    condition: str
+    limit: float | None
+    measured: Interval | None
+    reason: str = ""
+
+    @property
+    def asked(self) -> bool:
+        """Whether the target holds under this condition at all."""
+        return self.limit is not None
+
+    @property
+    def met(self) -> bool | None:
+        """None when it wasn't asked or not measured."""
+        if self.limit is None or self.measured is None:
+            return None
+        return self.measured.value <= self.limit
+
+    @property
+    def sure(self) -> bool:
+        """Whether noise leaves no doubt."""
+        return self.measured is not None and self.limit is not None and self.measured.below(self.limit) is not None
+
+    @property
+    def missed_by(self) -> float:
+        """Measured by wanted, 1.3 for 30 % too much; 1 when it was met or is unknown."""
+        if self.met is not False or self.measured is None or not self.limit:
+            return 1.0
+        return self.measured.value / self.limit
+
+    @property
+    def wanted_text(self) -> str:
+        """For tables; empty where nothing is asked."""
+        return wanted_text(self.target, self.condition)
+
+    @property
+    def measured_text(self) -> str:
+        """For tables; empty where nothing is asked."""
+        if not self.asked:
+            return ""
+        if self.measured is None:
+            return self.reason
+        if self.target.against is None:
+            ends = f"{quantity(self.measured.low, self.target.unit)} – {quantity(self.measured.high, self.target.unit)}"
+            return f"{quantity(self.measured.value, self.target.unit)} [{ends}]"
+        return f"{factor(self.measured.value)} [{interval(self.measured)}]"
+
+    @property
+    def verdict_text(self) -> str:
+        """For tables; empty where nothing is asked."""
+        if not self.asked:
+            return ""
+        if self.met is None:
+            return "not measured"
+        doubt = "" if self.sure else ", within noise"
+        return f"met{doubt}" if self.met else f"missed by {number((self.missed_by - 1) * 100)} %{doubt}"
+
+
+def judge(
+    view: View, system: str = JUDGED, targets: tuple[Target, ...] = TARGETS
+) -> list[tuple[Target, list[Verdict]]]:
+    """Each target with its verdicts, in the order of ``CONDITIONS``."""
+    return [(target, [_judge(view, system, target, condition) for condition in CONDITIONS]) for target in targets]
+
+
+def wanted_text(target: Target, condition: str) -> str:
+    """What is wanted under ``condition``, in words; empty where nothing is."""
+    limit = target.limit(condition)
+    if limit is None:
+        return ""
+    if target.against is None:
+        return f"≤ {quantity(float(limit), target.unit)}"
+    if target.speed:
+        return f"≥ {_share(1 / limit)} × the speed of {target.against.name}"
+    return f"≤ {_share(limit)} × {target.against.name}"
+
+
+def _share(share: Fraction) -> str:
+    """0.95 and 1.2 as they are; 1/4 and 2/3 as fractions."""
+    return str(share) if share.denominator in {1, 2, 3, 4} and share < 1 else f"{float(share):.4g}"
+
+
+def _judge(view: View, system: str, target: Target, condition: str) -> Verdict:
+    limit = target.limit(condition)
+    key = Key(target.workload, target.step, condition, target.clients)
+    if limit is None:
+        return Verdict(target, condition, None, None)
+    figure = view.figure_of(target.workload, target.step)
+    if figure and target.against is None and figure.unit != target.unit:
+        reason = f"the run has {figure.unit or 'seconds'}, wanted are {target.unit or 'seconds'}"
+        return Verdict(target, condition, float(limit), None, reason)
+    measured = _measured(view, system, target, key)
+    return Verdict(target, condition, float(limit), measured, "" if measured else _reason(view, system, target, key))
+
+
+def _measured(view: View, system: str, target: Target, key: Key) -> Interval | None:
+    if target.against is None:
+        cell = view.cell(key, system)
+        return Interval(cell.figure.median, cell.figure.smallest, cell.figure.largest) if cell else None
+    other = Key(key.workload, target.against.step or key.step, key.condition, key.clients)
+    return view.ratio(key, system, other, target.against.system or system)
+
+
+def _reason(view: View, system: str, target: Target, key: Key) -> str:
+    """Why there is no figure: the judged system's reason first."""
+    names = [system] if target.against is None else [system, target.against.system or system]
+    for name in names:
+        if view.samples(key, name):
+            continue
+        info = next((item for item in view.systems if item.name == name), None)
+        if info is None:
+            return f"{name} was not part of the run"
+        return f"{name}: {view.why_not(key, info)}"
+    return "no round has both figures"
