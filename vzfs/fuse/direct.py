@@ -128,16 +128,23 @@ class Engine:
         """Take over from a predecessor: what it had registered, and what it had read and not answered."""
         tree = self._tree
         with tree.lock:
-            own = set()
-            for number, count in self._files.inherited():
-                if tree.is_own(number):
-                    own.add(number)
-                if count:
-                    tree.hold(number)
-            self._files.inherit(own=frozenset(own))
+            own = frozenset(number for number, count in self._files.inherited() if self._take_over(number, count))
+            self._files.inherit(own=own)
         at_once = Handlers(tree, self._files, self._words, lambda _, function, *arguments: function(*arguments))
         self._answer = Resent(tree, self._files, at_once, self._words[LAST_DONE]).table(self._answer)
         self._device.send(wire.notification(wire.NOTIFY_RESEND))
+
+    def _take_over(self, number: int, count: int) -> bool:
+        """Hold a node that is open ``count`` times; whether its data is the container's own."""
+        try:
+            if count:
+                self._tree.hold(number)
+            fd, own = self._tree.data_of(number, os.O_RDONLY)
+        except OSError as error:
+            log.warning("node %d, which has a backing file, is gone: %s", number, error)
+            return False
+        os.close(fd)
+        return own
 
     def end(self) -> None:
         """Stop serving soon; to be called by a signal handler in the serving thread, which must be the main one."""
