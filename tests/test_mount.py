@@ -669,7 +669,7 @@ def test_a_failing_handler_becomes_eio_and_the_mount_lives_on(rig: Rig) -> None:
         wait_for(lambda: container.status().mounted)
         for _ in range(3):
             expect(errno.EIO, os.readlink, root / "etc/link")
-            expect(errno.EIO, os.getxattr, root / "etc/motd", "user.x")
+            expect(errno.EIO, os.getxattr, root / "usr/lib/deep/er/big", "user.note")
             assert (root / "etc/motd").read_text() == "from the template\n"
             (root / "etc/new").write_text("works\n")
             os.unlink(root / "etc/new")
