@@ -20,7 +20,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -125,6 +125,7 @@ class Tree:
             self._area.close()
             raise
         self.counters = Counters()
+        self._keeps_readers = readers is Readers.KEEP
         self._owner = Owner(self._nodes, self._area, sync, readers, self.counters)
         ready = Ready(self._nodes, self.lock)
         self.ready_lookup, self.ready_attributes = ready.lookup, ready.attributes
@@ -355,6 +356,9 @@ class Tree:
             self._owner.commit_copy(node, staged, time.time_ns() if cut else None)
             self.counters.copied_bytes += length
 
+        with self.lock:
+            if self._is_kept(self._nodes.get(number)):
+                raise OSError(errno.ETXTBSY, "its template's data is in use, and it has no name to make a copy under")
         self._own(number, lambda node: node.kind in (Kind.TEMPLATE, Kind.RECORD), stage, commit)
 
     def _own(
@@ -917,6 +921,8 @@ class Tree:
             kind, dead = node.kind, node.dead
             if changes.size is not None and kind is not Kind.OWN:
                 raise OSError(errno.ESTALE, "the copy has a node of its own")
+            if self._is_kept(node):
+                return self._set_kept(node, changes)
         if kind is Kind.FOLDED:
             self._own_directory(number)
         elif kind in (Kind.TEMPLATE, Kind.RECORD):
@@ -969,6 +975,19 @@ class Tree:
             return self.data_of(node.number, os.O_RDONLY)[0]
         folder = self._nodes.living_directory_fd(node)
         return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+
+    def _is_kept(self, node: Node) -> bool:
+        """Whether the node is only what its readers have open any more: a template's data, read by the kernel."""
+        return node.dead and node.is_open and node.kind in (Kind.TEMPLATE, Kind.RECORD) and self._keeps_readers
+
+    def _set_kept(self, node: Node, changes: Changes) -> Attributes:
+        """Change attributes that nobody but who has the file open can see, so no further than in memory."""
+        given = {name: value for name, value in asdict(changes).items() if value is not None}
+        now = self._nodes.attributes(node)
+        if "mode" in given:
+            given["mode"] |= stat.S_IFMT(now.mode)
+        node.last = now._replace(ctime_ns=time.time_ns(), **given)
+        return node.last
 
     def _can_record(self, node: Node, changes: Changes) -> bool:
         """Whether a record can hold the changes: of a regular file, and a mode only where no ACL goes with it."""
