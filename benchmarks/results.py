@@ -34,11 +34,11 @@ class Latency:
 class Evidence:
     """How it is known that the cache was as stated, and where things ran, for one sample.
 
-    Dentries are the kernel's (all file systems), page cache in KiB (/proc/meminfo: Cached + Buffers), each when the
-    step began and by how much it grew; ``resident`` is the share of the stored files that mincore(2) found in memory
-    (-1: not asked); ``spinner`` the share of a CPU that the busy condition's process got (-1: idle condition);
-    ``server_cpus`` where the serving processes ran last; ``load`` the one-minute load average. ``verified`` says whether
-    all that is as stated, ``text`` what was not.
+    Dentries are the kernel's (all file systems), page cache in KiB (/proc/meminfo: Cached), each when the step began
+    and by how much it grew; ``resident`` is the share of the stored files that mincore(2) found in memory (-1: not
+    asked); ``spinner`` the share of a CPU that the busy condition's processes got (-1: idle condition);
+    ``server_cpus`` where the serving processes ran last; ``load`` the one-minute load average. ``verified`` says
+    whether all that is as stated, ``text`` what was not.
     """
 
     dentries: int
@@ -78,12 +78,12 @@ class Sample:
     @property
     def per_second(self) -> float:
         """Operations per second."""
-        return self.operations / self.seconds
+        return self.operations / self.seconds if self.seconds else 0.0
 
     @property
     def mib_per_second(self) -> float:
         """Throughput; 0 when no bytes were counted."""
-        return self.bytes / self.seconds / (1 << 20)
+        return self.bytes / self.seconds / (1 << 20) if self.seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -143,6 +143,18 @@ QUICK = Sizes(
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """A generated template of empty files, for what the usual one doesn't show: how cost grows.
+
+    ``directories`` maps paths to numbers of files (``f000000`` …) in them; ``title`` says it in words.
+    """
+
+    name: str
+    title: str
+    directories: Callable[[Sizes], Mapping[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What lies in the template; paths are relative to its root, in a fixed order."""
 
@@ -210,6 +222,8 @@ class Workload(ABC):
     """Whether it changes anything: systems that have no copy-on-write are left out, ext4's copy is restored."""
     needs_programs: ClassVar[bool] = False
     """Whether it needs ``facts.programs``."""
+    shape: ClassVar[Shape | None] = None
+    """The template it needs, if not the usual one. Of ``facts``, only the counts are set then."""
 
     def furnish(self, tree: Path, sizes: Sizes) -> None:  # noqa: B027
         """Put what this workload needs into the template being made, below ``tree/bench/<name>``; called once."""

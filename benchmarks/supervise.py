@@ -1,0 +1,140 @@
+"""Nothing stays behind, however a run ends.
+
+The program runs itself again as a *worker* in a mount namespace of its own, with one scratch folder. The worker
+unmounts and removes what it made, also after an error or a signal. If it ends without having done so (killed,
+crashed), the supervisor kills every process left in that namespace, upon which the kernel takes its mounts away, and
+removes the folder. If the supervisor is killed, the worker gets SIGTERM and cleans up as usual.
+
+The namespace also keeps containers that other programs start meanwhile from getting copies of the mounts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import vzfs
+from benchmarks.systems import DIES_WITH_PARENT
+
+FOLDER_VARIABLE = "VZFS_BENCH_FOLDER"
+"""Set in the worker: its scratch folder."""
+PREFIX = "vzfs-bench-"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNAL_EXIT = 128
+PATIENCE_S = 20.0
+
+
+def is_worker() -> bool:
+    """Whether this process is the worker."""
+    return FOLDER_VARIABLE in os.environ
+
+
+def supervise(arguments: Sequence[str], scratch: Path) -> int:
+    """Run this program again as the worker and give its exit status; 128 + number after a signal."""
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=scratch.absolute()))
+    unshare = ["unshare", "--mount", "--propagation", "private"]
+    worker: subprocess.Popen[bytes] | None = None
+    got: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        got.append(number)
+        if worker is not None and worker.poll() is None:
+            # Asked once more, it is not asked any more.
+            worker.send_signal(number if len(got) < 3 else signal.SIGKILL)
+
+    with _handlers(forward):
+        try:
+            worker = subprocess.Popen(
+                [*DIES_WITH_PARENT, *unshare, sys.executable, "-m", "benchmarks", *arguments],
+                env=environment(folder),
+                process_group=0,  # Ctrl-C of a terminal reaches the supervisor only, which passes it on once
+            )
+            namespace = _namespace(worker)
+            if got:
+                worker.send_signal(got[0])
+            code = worker.wait()
+            _kill_left(namespace)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    if got:
+        return SIGNAL_EXIT + got[0]
+    return code if code >= 0 else SIGNAL_EXIT - code
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For the worker and what it starts: this checkout, modules compiled once, as an installed vzfs has them."""
+    values = dict(os.environ)
+    values.pop("PYTHONDONTWRITEBYTECODE", None)
+    values.pop("VZFS_ROOT", None)
+    # Instead of the folder that the user is in, which "python -m" would put first.
+    own = str(Path(vzfs.__file__).parents[1])
+    return values | {
+        "PYTHONPATH": own,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPYCACHEPREFIX": str(folder / "pycache"),
+        FOLDER_VARIABLE: str(folder),
+    }
+
+
+@contextlib.contextmanager
+def worker_folder() -> Iterator[Path]:
+    """The worker's scratch folder; the first signal becomes ``SystemExit``, further ones don't disturb the cleaning."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(SIGNAL_EXIT + number)
+
+    with _handlers(stop):
+        yield Path(os.environ[FOLDER_VARIABLE])
+
+
+@contextlib.contextmanager
+def _handlers(handler: Any) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _namespace(worker: subprocess.Popen[bytes]) -> str:
+    """The worker's mount namespace, once it has one of its own; empty if it ended before."""
+    own = os.readlink("/proc/self/ns/mnt")
+    while worker.poll() is None:
+        with contextlib.suppress(OSError):
+            other = os.readlink(f"/proc/{worker.pid}/ns/mnt")
+            if other != own:
+                return other
+        time.sleep(0.005)
+    return ""
+
+
+def _kill_left(namespace: str) -> None:
+    """Kill all processes in a mount namespace and wait until they are gone."""
+    end = time.monotonic() + PATIENCE_S
+    while namespace and time.monotonic() < end:
+        left = [pid for pid in filter(str.isdecimal, os.listdir("/proc")) if _is_in(pid, namespace)]
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _is_in(pid: str, namespace: str) -> bool:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/mnt") == namespace
+    return False
