@@ -18,7 +18,7 @@ from .seeds import Seed
 # What a file system may lack without being wrong; a target says which of these it has.
 FEATURES = frozenset(
     {
-        "coherent-readers",  # who opened a file before another process's first write to it sees that write
+        "coherent-readers",  # who opened a file to read, before anybody opened it to write, has the same file open
         "directory-ctime",  # renaming a directory moves its change time
         "fallocate",  # fallocate(2), all modes that ext4 has
         "getflags",  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS

@@ -36,9 +36,14 @@ def try_fcntl(path: str, how: int, length: int = 0, start: int = 0) -> bool:
         return True
 
 
-@behaviour(seeds=[SEED])
+def _lockable(d: Place) -> int:
+    """Flags to open a file with that shall be locked: where a reader keeps what it opened, so does its lock."""
+    return os.O_RDONLY if d.has("coherent-readers") else os.O_RDWR
+
+
+@behaviour(needs={"coherent-readers"}, seeds=[SEED])
 def flock_excludes_other_processes(d: Place) -> None:
-    with opened(d / "a/f") as fd:
+    with opened(d / "a/f", _lockable(d)) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         assert not d.in_child(try_flock, "a/f", fcntl.LOCK_EX)
         assert not d.in_child(try_flock, "a/f", fcntl.LOCK_SH)
@@ -46,9 +51,9 @@ def flock_excludes_other_processes(d: Place) -> None:
         assert d.in_child(try_flock, "a/f", fcntl.LOCK_EX)
 
 
-@behaviour(seeds=[SEED])
+@behaviour(needs={"coherent-readers"}, seeds=[SEED])
 def flock_shared_admits_shared(d: Place) -> None:
-    with opened(d / "a/f") as fd:
+    with opened(d / "a/f", _lockable(d)) as fd:
         fcntl.flock(fd, fcntl.LOCK_SH)
         assert d.in_child(try_flock, "a/f", fcntl.LOCK_SH)
         assert not d.in_child(try_flock, "a/f", fcntl.LOCK_EX)
@@ -113,9 +118,9 @@ def flock_survives_the_first_write(d: Place) -> None:
         assert not d.in_child(try_flock, "a/f", fcntl.LOCK_EX)
 
 
-@behaviour(seeds=[SEED])
+@behaviour(needs={"coherent-readers"}, seeds=[SEED])
 def flock_survives_rename_and_chmod(d: Place) -> None:
-    with opened(d / "a/f") as fd:
+    with opened(d / "a/f", _lockable(d)) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         os.chmod(d / "a/f", 0o600)
         os.rename(d / "a/f", d / "g")
