@@ -16,7 +16,7 @@ from vzfs import Container, Store
 from vzfs.api import StrPath
 from vzfs.store.container import CtId
 
-ENGINES = tuple(os.environ.get("VZFS_TEST_ENGINES", "pyfuse3").split(","))
+ENGINES = tuple(os.environ.get("VZFS_TEST_ENGINES", "pyfuse3,direct").split(","))
 DEFAULT = ENGINES[-1]
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 PATIENCE_S = 60.0
