@@ -195,7 +195,7 @@ def shown_cell(cell: Cell) -> ShownCell:
         median=middle,
         ends=ends,
         rate=number(cell.rate.median) if cell.rate else "",
-        latencies=" / ".join(nanoseconds(value) for value in cell.latencies) if cell.latencies else "",
+        latencies=" / ".join("–" if value is None else nanoseconds(value) for value in cell.latencies),
         to_limit=factor(cell.to_limit.value) if cell.to_limit else "",
         limit_interval=interval(cell.to_limit) if cell.to_limit else "",
         to_peer=factor(cell.to_peer.value) if cell.to_peer else "best peer" if cell.best_peer else "",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from benchmarks.report.plots import Plot
-from benchmarks.report.units import clean, factor, interval, middle_and_ends, number
+from benchmarks.report.units import clean, factor, interval, middle_and_ends
 from benchmarks.report.verdicts import CONDITIONS, Verdict, judge
 from benchmarks.report.view import LIMIT, Key, View
 from benchmarks.results import Figure
@@ -100,7 +100,7 @@ def _about(view: View) -> str:
     conditions = "; ".join(f"*{_escape(name)}*: {_escape(words)}" for name, words in run.conditions.items())
     hardware = f"{machine.cpu}, {machine.cpus} CPUs{virtual}, {machine.memory_mib} MiB of memory"
     disk = f"{machine.file_system} on {machine.device}"
-    loads = f"load average {number(run.load_before)} before, {number(run.load_after)} after"
+    loads = f"load average {run.load_before:.2f} before, {run.load_after:.2f} after"
     lines = [
         f"**Machine**: {_escape(f'{hardware}, {disk}; {machine.kernel}; {versions}')}.",
         f"**Date**: {_escape(f'{run.started} to {run.ended}, commit {run.commit}, {run.rounds} rounds; {loads}')}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,8 +18,8 @@ CONDITIONS = ("idle", "busy")
 class Verdict:
     """How one target was met under one condition.
 
-    ``measured`` is a ratio where the target has one, else the median in ``target.unit``; None if there is no figure,
-    ``reason`` then says why. ``sure``: whether the whole confidence interval (the whole range, for a quantity) is on
+    ``measured`` is a ratio of times where the target has one (shown as speed where the target says so), else the median
+    in ``target.unit``; None if there is no figure, ``reason`` then says why. ``sure``: whether the whole confidence interval (the whole range, for a quantity) is on
     the same side of the limit.
     """
 
@@ -47,10 +48,12 @@ class Verdict:
 
     @property
     def missed_by(self) -> float:
-        """Measured by wanted, 1.3 for 30 % too much; 1 when it was met or is unknown."""
+        """By how much of what was wanted, in per cent: time or quantity too much, speed too little; 0 if not missed."""
         if self.met is not False or self.measured is None or not self.limit:
-            return 1.0
-        return self.measured.value / self.limit
+            return 0.0
+        if self.target.speed:
+            return (1 - self.limit / self.measured.value) * 100
+        return (self.measured.value / self.limit - 1) * 100
 
     @property
     def wanted_text(self) -> str:
@@ -67,7 +70,8 @@ class Verdict:
         if self.target.against is None:
             ends = f"{quantity(self.measured.low, self.target.unit)} – {quantity(self.measured.high, self.target.unit)}"
             return f"{quantity(self.measured.value, self.target.unit)} [{ends}]"
-        return f"{factor(self.measured.value)} [{interval(self.measured)}]"
+        shown = inverse(self.measured) if self.target.speed else self.measured
+        return f"{factor(shown.value)} [{interval(shown)}]"
 
     @property
     def verdict_text(self) -> str:
@@ -77,7 +81,7 @@ class Verdict:
         if self.met is None:
             return "not measured"
         doubt = "" if self.sure else ", within noise"
-        return f"met{doubt}" if self.met else f"missed by {number((self.missed_by - 1) * 100)} %{doubt}"
+        return f"met{doubt}" if self.met else f"missed by {number(self.missed_by)} %{doubt}"
 
 
 def judge(
@@ -97,6 +101,12 @@ def wanted_text(target: Target, condition: str) -> str:
     if target.speed:
         return f"≥ {_share(1 / limit)} × the speed of {target.against.name}"
     return f"≤ {_share(limit)} × {target.against.name}"
+
+
+def inverse(found: Interval) -> Interval:
+    """A ratio of speeds from one of times."""
+    value, low, high = (1 / part if part else math.inf for part in (found.value, found.high, found.low))
+    return Interval(value, low, high)
 
 
 def _share(share: Fraction) -> str:

@@ -17,6 +17,8 @@ from vzfs.errors import UsageError
 
 LIMIT = "ext4"
 """The system that shows what the disk's own file system takes."""
+PERCENTILES = {"p50": ("p50", 2), "p99": ("p99", 100), "p999": ("p99.9", 1000)}
+"""Field of ``Latency`` to name, and the number of operations from which at least one lies beyond it."""
 KINDS = ("failed", "differs", "skipped")
 """Of problems; what this program doesn't know comes first."""
 
@@ -62,7 +64,8 @@ class Cell:
     figure: Summary
     rate: Summary | None
     rate_unit: str
-    latencies: tuple[float, float, float] | None
+    latencies: tuple[float | None, ...]
+    """Of ``PERCENTILES``; None where there were too few operations to speak of it; empty without any."""
     to_limit: Interval | None
     """Ratio to ext4; None for ext4 itself."""
     to_peer: Interval | None
@@ -225,7 +228,6 @@ class View:
     def _make(self, key: Key, system: str, samples: tuple[Sample, ...]) -> Cell:
         figure = self.figure_of(key.workload, key.step)
         rates, unit = _rates(samples, figure)
-        latencies = [sample.latency for sample in samples if sample.latency]
         peer = self.best_peer(key)
         return Cell(
             system=system,
@@ -234,13 +236,7 @@ class View:
             figure=summary([sample.figure for sample in samples]),
             rate=summary(rates) if rates else None,
             rate_unit=unit,
-            latencies=(
-                median([latency.p50 for latency in latencies]),
-                median([latency.p99 for latency in latencies]),
-                median([latency.p999 for latency in latencies]),
-            )
-            if latencies
-            else None,
+            latencies=latency_medians(samples),
             to_limit=None if system == LIMIT else self.ratio(key, system, key, LIMIT),
             to_peer=None if peer is None or system == peer else self.ratio(key, system, key, peer),
             best_peer=system == peer,
@@ -276,6 +272,16 @@ class View:
         return Key(sample.workload, sample.step, sample.condition, sample.clients)
 
 
+def percentiles(sample: Sample) -> tuple[int | None, ...]:
+    """A sample's ``PERCENTILES`` in ns, None where it has too few operations for one; empty without latencies."""
+    latency = sample.latency
+    if latency is None or latency.count < 2:
+        return ()
+    return tuple(
+        getattr(latency, field) if latency.count >= least else None for field, (_, least) in PERCENTILES.items()
+    )
+
+
 def sample_rate(sample: Sample, figure: Figure | None) -> float | None:
     """What one sample did per second: MiB where the figure is a throughput, else operations; None for quantities."""
     if figure is None or figure.unit or sample.seconds <= 0:
@@ -293,6 +299,15 @@ def rate_unit(samples: Iterable[Sample], figure: Figure | None) -> str:
 def _rates(samples: tuple[Sample, ...], figure: Figure | None) -> tuple[list[float], str]:
     rates = [rate for sample in samples if (rate := sample_rate(sample, figure)) is not None]
     return rates, rate_unit(samples, figure)
+
+
+def latency_medians(samples: Iterable[Sample]) -> tuple[float | None, ...]:
+    """The median over the rounds of each percentile that all of them have."""
+    found = [each for sample in samples if (each := percentiles(sample))]
+    return tuple(
+        median([value for value in values if value is not None]) if None not in values else None
+        for values in zip(*found, strict=True)
+    )
 
 
 def _asked(values: Iterable[float]) -> Summary | None:
