@@ -18,9 +18,9 @@ CONDITIONS = ("idle", "busy")
 class Verdict:
     """How one target was met under one condition.
 
-    ``measured`` is a ratio of times where the target has one (shown as speed where the target says so), else the median
-    in ``target.unit``; None if there is no figure, ``reason`` then says why. ``sure``: whether the whole confidence interval (the whole range, for a quantity) is on
-    the same side of the limit.
+    ``measured`` is a ratio of times where the target has one (shown as speed where the target says so), else the
+    median in ``target.unit``; None if there is no figure, ``reason`` then says why. ``sure``: whether the whole
+    confidence interval (the whole range, for a quantity) is on the same side of the limit.
     """
 
     target: Target
