@@ -209,7 +209,7 @@ class Runner:
         elapsed, after = time.monotonic() - start, caches.level()
         if turn == PROFILE_ROUND:
             return
-        text = caches.check(step, outcome, before, after, resident)
+        text = caches.check(step, outcome, place.clients, before, after, resident)
         busy = cell.condition is Condition.BUSY
         evidence = Evidence(
             dentries=before.dentries,

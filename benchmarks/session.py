@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -177,12 +177,25 @@ def tell(console: Console, run: Run) -> None:
         name = f"{workload}/{step}, {which}" + (f", {clients} clients" if clients > 1 else "")
         table.add_row(escape(name), *(_cell(by_system.get(system, []), figure.unit) for system in systems))
     console.print(table)
-    for problem in run.problems:
-        where = " ".join(filter(None, (problem.workload, problem.step, problem.system, problem.condition)))
-        console.print(f"{problem.kind}: {where}: {problem.text}", markup=False, highlight=False)
+    for kind, text, where in _gathered(run.problems):
+        console.print(f"{kind}: {where}: {text}", markup=False, highlight=False)
     for system in run.systems:
         if system.missing:
             console.print(f"missing: {system.name}: {system.missing}", markup=False, highlight=False)
+
+
+def _gathered(problems: Iterable[Problem]) -> Iterator[tuple[str, str, str]]:
+    """Kind, text, and where: once for all places that have them in common."""
+    places: dict[tuple[str, str], dict[str, None]] = {}
+    for problem in problems:
+        where = f"{problem.workload} on {problem.system}" if problem.workload else "the suite"
+        if problem.kind in PROBLEMS and problem.workload:
+            where += (
+                f", {problem.step or 'start'}, {problem.condition}, {problem.clients} clients, round {problem.round}"
+            )
+        places.setdefault((problem.kind, problem.text), {})[where] = None
+    for (kind, text), found in places.items():
+        yield kind, text, ", ".join(found)
 
 
 def _cell(samples: Sequence[Sample], unit: str) -> str:

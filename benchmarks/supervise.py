@@ -95,8 +95,12 @@ def worker_folder() -> Iterator[Path]:
             signal.signal(other, signal.SIG_IGN)
         raise SystemExit(SIGNAL_EXIT + number)
 
+    folder = Path(os.environ[FOLDER_VARIABLE])
     with _handlers(stop):
-        yield Path(os.environ[FOLDER_VARIABLE])
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # the supervisor may not be there any more
 
 
 @contextlib.contextmanager
