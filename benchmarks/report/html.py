@@ -129,6 +129,7 @@ def page(view: View, plots: Sequence[Plot]) -> str:
         groups=_groups(view, [plot for plot in plots if plot not in first]),
         noise=_noise(view),
         troubles=view.troubles,
+        serious=[trouble for trouble in view.troubles if trouble.kind != "skipped"],
     )
 
 
@@ -192,7 +193,7 @@ def shown_cell(cell: Cell) -> ShownCell:
     """The texts of a cell."""
     middle, ends = middle_and_ends(cell.figure, cell.unit)
     return ShownCell(
-        median=middle,
+        median=middle if cell.checks.verified == cell.checks.samples else f"{middle} *",
         ends=ends,
         rate=number(cell.rate.median) if cell.rate else "",
         latencies=" / ".join("–" if value is None else nanoseconds(value) for value in cell.latencies),

@@ -118,7 +118,8 @@ def _reading(view: View) -> str:
     return (
         "Median (smallest – largest round); times are per operation. Ratios are of medians, less than 1 is faster, "
         f"with their 95 % confidence interval. The best peer is the fastest of {shown} in that row; "
-        "one client. Latencies, more clients and how caches were checked are in the HTML report.\n"
+        "one client. A star: the caches were not verified in every round. Latencies, more clients and how "
+        "caches were checked are in the HTML report.\n"
     )
 
 
@@ -164,7 +165,8 @@ def _figure(view: View, key: Key, system: str) -> str:
     if cell is None:
         return "–"
     middle, ends = middle_and_ends(cell.figure, cell.unit)
-    return f"{middle} ({ends})"
+    star = "" if cell.checks.verified == cell.checks.samples else " *"
+    return f"{middle}{star} ({ends})"
 
 
 def _ratio(found: Interval | None) -> str:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from benchmarks.report.units import factor, interval, number, quantity
 from benchmarks.report.view import Key, View
 from benchmarks.statistics import Interval
-from benchmarks.targets import JUDGED, TARGETS, Target
+from benchmarks.targets import JUDGED, TARGETS, Other, Target
 
 CONDITIONS = ("idle", "busy")
 
@@ -28,6 +28,8 @@ class Verdict:
     limit: float | None
     measured: Interval | None
     reason: str = ""
+    unverified: int = 0
+    """Samples of either side whose cache state could not be verified."""
 
     @property
     def asked(self) -> bool:
@@ -81,6 +83,7 @@ class Verdict:
         if self.met is None:
             return "not measured"
         doubt = "" if self.sure else ", within noise"
+        doubt += f", cache unverified in {self.unverified} samples" if self.unverified else ""
         return f"met{doubt}" if self.met else f"missed by {number(self.missed_by)} %{doubt}"
 
 
@@ -100,6 +103,8 @@ def wanted_text(target: Target, condition: str) -> str:
         return f"≤ {quantity(float(limit), target.unit)}"
     if target.speed:
         return f"≥ {_share(1 / limit)} × the speed of {target.against.name}"
+    if limit == 1:
+        return f"not slower than {target.against.name}"
     return f"≤ {_share(limit)} × {target.against.name}"
 
 
@@ -124,15 +129,24 @@ def _judge(view: View, system: str, target: Target, condition: str) -> Verdict:
         reason = f"the run has {figure.unit or 'seconds'}, wanted are {target.unit or 'seconds'}"
         return Verdict(target, condition, float(limit), None, reason)
     measured = _measured(view, system, target, key)
-    return Verdict(target, condition, float(limit), measured, "" if measured else _reason(view, system, target, key))
+    if measured is None:
+        return Verdict(target, condition, float(limit), None, _reason(view, system, target, key))
+    sides = [(key, system)] if target.against is None else [(key, system), _other(system, target, key)]
+    unverified = sum(not one.evidence.verified for side in sides for one in view.samples(*side))
+    return Verdict(target, condition, float(limit), measured, unverified=unverified)
 
 
 def _measured(view: View, system: str, target: Target, key: Key) -> Interval | None:
     if target.against is None:
         cell = view.cell(key, system)
         return Interval(cell.figure.median, cell.figure.smallest, cell.figure.largest) if cell else None
-    other = Key(key.workload, target.against.step or key.step, key.condition, key.clients)
-    return view.ratio(key, system, other, target.against.system or system)
+    return view.ratio(key, system, *_other(system, target, key))
+
+
+def _other(system: str, target: Target, key: Key) -> tuple[Key, str]:
+    """Step and system that a target compares with."""
+    against = target.against or Other()
+    return Key(key.workload, against.step or key.step, key.condition, key.clients), against.system or system
 
 
 def _reason(view: View, system: str, target: Target, key: Key) -> str:
