@@ -57,6 +57,7 @@ class Nodes:
         self.changed = changed or _nobody
         self._heed_splits = heed_splits
         self._resumed = False
+        self._prefix: tuple[Node | None, bytes] = (None, b"")  # a directory and how links to its children begin
         self._places: Places | None = None
         self._load_template = load_template
         self._templates: dict[str, OpenTemplate] = {}
@@ -329,26 +330,44 @@ class Nodes:
     # ------------------------------------------------------------------------------------------ from name to node
 
     def child(self, parent: Node, name: bytes) -> Node | None:
-        """The node called ``name`` in ``parent``, or ``None``; registered when it isn't what its number says."""
+        """The node called ``name`` in ``parent``, or ``None``; registered unless ``parent`` is folded."""
+        return self.find(parent, name)[0]
+
+    def find(self, parent: Node, name: bytes) -> tuple[Node | None, os.stat_result | None]:
+        """Like ``child``, with what stat(2) just said of the object that holds the node's data, if it was asked."""
         check_name(name)
         if parent.dead:
-            return None
+            return None, None
+        template = parent.template
         if parent.kind is Kind.FOLDED:
-            assert parent.template is not None
-            entry = parent.template.index.find(parent.entry, name)
-            return self._folded_child(parent.template, entry) if entry else None
+            assert template is not None
+            entry = template.index.find(parent.entry, name)
+            return (self._folded_child(template, entry) if entry else None), None
         if parent.kind is not Kind.DIRECTORY:
             raise NotADirectoryError(errno.ENOTDIR, "not a directory", name)
+        if template is not None:
+            node = self._known_at_default_place(template, template.index.find(parent.entry, name))
+            if node is not None:
+                return node, None
         directory = self.directory_fd(parent)
         try:
             info = os.lstat(name, dir_fd=directory)
         except FileNotFoundError:
-            return None
+            return None, None
         if stat.S_ISLNK(info.st_mode):
             text = os.readlink(name, dir_fd=directory)
             if magic.is_magic(text):
-                return self._linked(parent, name, info, text)
-        return self._own(parent, name, info)
+                return self._linked(parent, name, info, text), None
+        known = info.st_ino in self._by_backing
+        node = self._own(parent, name, info)
+        return node, info if known or not node.is_directory else None  # meeting a directory may set back its times
+
+    def _known_at_default_place(self, template: OpenTemplate, entry: int) -> Node | None:
+        """The node that lies where the template has ``entry`` (0: nowhere), if it is known that one does."""
+        node = self._table.get(template.base + entry) if entry else None
+        if node is None or node.dead or node.lost or node.group or node.parent is not None or node.entry != entry:
+            return None
+        return node
 
     def _folded_child(self, template: OpenTemplate, entry: int) -> Node:
         number = self.number_of(template, entry)
@@ -361,12 +380,7 @@ class Nodes:
 
     def _linked(self, parent: Node, name: bytes, info: os.stat_result, text: bytes) -> Node:
         """The node that the magic link ``name`` means."""
-        link = magic.parse(text)
-        template = self.template(link.template) if link else None
-        entry = template.index.find_path(link.path) if link and template else None
-        if template is None or entry is None or self.number_of(template, entry) == ROOT_NUMBER:
-            log.error("%r is a malformed or dangling magic link: %r", name, text)
-            raise OSError(errno.EIO, "malformed or dangling magic link", name)
+        template, entry = self._meant(parent, name, text)
         if self._in_group(template, entry):
             return self._group_node(template, entry)
         number = template.base + entry
@@ -377,9 +391,24 @@ class Nodes:
         if info.st_nlink == 1 and not node.is_directory and read_record(self._at(parent, name)) is not None:
             node.kind = Kind.RECORD
         self.place(node, parent, name)
-        if node.moved or node.kind is Kind.RECORD:
-            self.register(node)
+        self.register(node)
         return node
+
+    def _meant(self, parent: Node, name: bytes, text: bytes) -> tuple[OpenTemplate, int]:
+        """The entry that the magic link ``text`` called ``name`` names. Raises ``OSError`` ``EIO``."""
+        if parent.template is not None:  # mostly that which the template has here
+            if self._prefix[0] is not parent:
+                self._prefix = parent, parent.template.link_text(parent.entry) + b"/"
+            here = parent.template.index.find(parent.entry, name)
+            if here and text == self._prefix[1] + name:
+                return parent.template, here
+        link = magic.parse(text)
+        template = self.template(link.template) if link else None
+        entry = template.index.find_path(link.path) if link and template else None
+        if template is None or entry is None or self.number_of(template, entry) == ROOT_NUMBER:
+            log.error("%r is a malformed or dangling magic link: %r", name, text)
+            raise OSError(errno.EIO, "malformed or dangling magic link", name)
+        return template, entry
 
     def _group_node(self, template: OpenTemplate, entry: int) -> Node:
         """The node of a link group, registered because its state is that of no single name."""
@@ -466,6 +495,8 @@ class Nodes:
     def place(self, node: Node, parent: Node, name: bytes) -> None:
         """Say that the node lies at ``name`` in ``parent``."""
         node.lost = False
+        if self._places is not None:
+            self._places[node.number] = parent.number, name
         if self._is_default_place(node, parent, name):
             self.leave_place(node)
             return
@@ -601,7 +632,9 @@ class Nodes:
 
     def unfolded(self, node: Node, backing: int) -> None:
         """The folded directory has become the real one ``backing``."""
+        assert node.template is not None
         self._folded.pop(node.number, None)
+        node.folded_children = node.template.index.attributes(node.entry).nlink - 2
         self.set_own(node, Kind.DIRECTORY, backing)
         self.register(node)
 
@@ -664,16 +697,16 @@ class Nodes:
 
     # ------------------------------------------------------------------------------------------------- attributes
 
-    def entry(self, node: Node) -> Entry:
-        """What a look-up of the node answers."""
-        return Entry(node.number, node.generation, self.attributes(node))
+    def entry(self, node: Node, info: os.stat_result | None = None) -> Entry:
+        """What a look-up of the node answers; ``info`` as for ``attributes``."""
+        return Entry(node.number, node.generation, self.attributes(node, info))
 
-    def attributes(self, node: Node) -> Attributes:
-        """What stat tells of the node."""
+    def attributes(self, node: Node, info: os.stat_result | None = None) -> Attributes:
+        """What stat tells of the node; ``info`` is what stat(2) just said of the object that holds its data."""
         if node.dead and not node.orphan and node.last is not None:
             return node.last
         if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
-            return self._own_attributes(node)
+            return self._own_attributes(node, info)
         template = node.template
         assert template is not None
         base = template.index.attributes(node.entry)
@@ -684,20 +717,21 @@ class Nodes:
             return record.apply(base, self.group_nlink(node) if node.group else base.nlink, info.st_ctime_ns)
         return base
 
-    def _own_attributes(self, node: Node) -> Attributes:
+    def _own_attributes(self, node: Node, info: os.stat_result | None) -> Attributes:
         if node.kind is Kind.DIRECTORY:
-            info = os.stat(self.path(node), follow_symlinks=False)
+            info = info or os.fstat(self.living_directory_fd(node))
             if info.st_nlink == 1:  # btrfs, for one, doesn't count subdirectories, and says so by 1
                 return Attributes.of(info, node.ino, 1)
             return Attributes.of(info, node.ino, info.st_nlink + self._folded_children(node, info.st_nlink))
-        folder, name = self.location(node)
-        info = os.lstat(name, dir_fd=folder)
+        if info is None:
+            folder, name = self.location(node)
+            info = os.lstat(name, dir_fd=folder)
         nlink = info.st_nlink - bool(node.orphan)
         if node.group:
             nlink = 0 if node.dead else self.group_nlink(node)
         attributes = Attributes.of(info, node.ino, nlink)
         if stat.S_ISLNK(info.st_mode):
-            attributes = attributes._replace(size=len(read_own_link(folder, name)))
+            attributes = attributes._replace(size=len(read_own_link(*self.location(node))))
         return attributes
 
     def group_nlink(self, node: Node) -> int:

@@ -34,7 +34,7 @@ def unchanged_times(path: bytes) -> Iterator[None]:
         yield
     finally:
         try:
-            _set_back(path, info.st_mtime_ns)
+            _set_back(path, info.st_atime_ns, info.st_mtime_ns)
         except OSError:  # what was done meanwhile is done
             log.exception("can't set back the times of a directory; the next mount does")
 
@@ -46,9 +46,9 @@ def restore_times(path: bytes) -> None:
     except OSError:  # ENODATA, as good as always
         return
     if len(note) == _NOTE.size:
-        _set_back(path, *_NOTE.unpack(note))
+        _set_back(path, os.lstat(path).st_atime_ns, *_NOTE.unpack(note))
 
 
-def _set_back(path: bytes, mtime_ns: int) -> None:
-    os.utime(path, ns=(os.lstat(path).st_atime_ns, mtime_ns), follow_symlinks=False)
+def _set_back(path: bytes, atime_ns: int, mtime_ns: int) -> None:
+    os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=False)
     os.removexattr(path, TIMES_XATTR, follow_symlinks=False)

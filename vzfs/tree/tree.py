@@ -147,11 +147,11 @@ class Tree:
     def lookup(self, parent: int, name: bytes) -> Entry | None:
         """What ``name`` in directory ``parent`` is, counted as known to the kernel; ``None`` if there is none."""
         with self.lock:
-            node = self._nodes.child(self._nodes.get(parent), name)
+            node, info = self._nodes.find(self._nodes.get(parent), name)
             if node is None:
                 return None
             node.lookups += 1
-            return self._nodes.entry(node)
+            return self._nodes.entry(node, info)
 
     def remember(self, number: int) -> None:
         """Count one more look-up of ``number`` by the kernel (an entry of a listing with attributes)."""
@@ -218,10 +218,22 @@ class Tree:
             else:
                 names = list_folded(template.index, node.entry, offset) if template else iter(())
             for name, after in names:
-                yield name, self._describe(number, name), after
+                entry = self._describe(number, name)
+                try:
+                    yield name, entry, after
+                finally:
+                    if entry is not None:
+                        self._drop_if_unused(entry.number)
         finally:
             if real:
                 os.close(fd)
+
+    def _drop_if_unused(self, number: int) -> None:
+        """What was listed only, and not remembered by the kernel, needs no memory."""
+        with self.lock:
+            node = self._nodes.registered(number)
+            if node is not None and not node.dead:
+                self._nodes.drop_if_unused(node)
 
     def slow_to_list(self, number: int) -> bool:
         """Whether reading the names of the directory is long work, to be done in a thread."""
@@ -257,8 +269,8 @@ class Tree:
             if name == b"..":
                 return self._nodes.entry(directory if directory.dead else self._nodes.parent(directory))
             try:
-                node = self._nodes.child(directory, name)
-                return self._nodes.entry(node) if node else None
+                node, info = self._nodes.find(directory, name)
+                return self._nodes.entry(node, info) if node else None
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
@@ -491,9 +503,10 @@ class Tree:
     def _adopt(self, directory: Node, fd: int, name: bytes) -> Entry:
         """Give the just made ``name`` a node; if that fails, it is unmade."""
         try:
-            node = self._nodes.adopt(directory, name, os.lstat(name, dir_fd=fd))
+            info = os.lstat(name, dir_fd=fd)
+            node = self._nodes.adopt(directory, name, info)
             node.lookups += 1
-            return self._nodes.entry(node)
+            return self._nodes.entry(node, info)
         except BaseException:
             sys.remove_tree(fd, name)
             raise
@@ -596,10 +609,10 @@ class Tree:
         self._own_directory(parent)
         with self.lock:
             directory = self._living_directory(parent)
-            node = self._existing(directory, name)
+            node, info = self._existing(directory, name)
             if node.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "is a directory", name)
-            last = self._loses_last_name(node)
+            last = self._loses_last_name(node, info)
             keep = self._must_keep(node, directory, name, last=last)
             fd = self._nodes.directory_fd(directory)
             with self._losing_name(node):
@@ -625,11 +638,11 @@ class Tree:
             self._nodes.changed(number)
         os.unlink(orphan, dir_fd=self._area.orphans_fd)
 
-    def _existing(self, directory: Node, name: bytes) -> Node:
-        node = self._nodes.child(directory, name)
+    def _existing(self, directory: Node, name: bytes) -> tuple[Node, os.stat_result | None]:
+        node, info = self._nodes.find(directory, name)
         if node is None:
             raise FileNotFoundError(errno.ENOENT, "no such name", name)
-        return node
+        return node, info
 
     def _must_keep(self, node: Node, directory: Node, name: bytes, *, last: bool) -> bool:
         """Whether the node, about to lose this name, needs another one to stay usable for who knows it already."""
@@ -639,9 +652,9 @@ class Tree:
             return self._nodes.is_known(node)
         return node.is_open and not node.others and self._nodes.lies_at(node, directory, name)
 
-    def _loses_last_name(self, node: Node) -> bool:
+    def _loses_last_name(self, node: Node, info: os.stat_result | None) -> bool:
         """Whether the node, about to lose a name, has only that; then its attributes without it are noted."""
-        now = self._nodes.attributes(node)
+        now = self._nodes.attributes(node, info)
         last = now.nlink <= 1 or node.is_directory
         if last:
             node.last = now._replace(nlink=0)
@@ -679,11 +692,11 @@ class Tree:
         self._own_directory(parent)
         with self.lock:
             directory = self._living_directory(parent)
-            node = self._existing(directory, name)
+            node, info = self._existing(directory, name)
             fd = self._nodes.directory_fd(directory)
             if not node.is_directory:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory", name)
-            self._loses_last_name(node)
+            self._loses_last_name(node, info)
             step("rmdir:before")
             if node.kind is Kind.FOLDED:
                 self._check_empty(node)
@@ -716,18 +729,15 @@ class Tree:
         self._own_directory(new_parent)
         with self.lock:
             source_dir, target_dir = self._living_directory(old_parent), self._living_directory(new_parent)
-            source = self._existing(source_dir, old_name)
-            target = self._nodes.child(target_dir, new_name)
+            source, _ = self._existing(source_dir, old_name)
+            target, info = self._nodes.find(target_dir, new_name)
             self._check_rename(source, target, source_dir, target_dir, flags)
-        if target is not None and not flags:
-            # A folded directory lies in the private area as a link, which can't replace a real directory or be replaced
-            # by one.
-            if source.kind is Kind.FOLDED and target.kind is Kind.DIRECTORY:
-                self._own_directory(source.number)
-            elif source.kind is Kind.DIRECTORY and target.kind is Kind.FOLDED:
-                self._own_directory(target.number)
-        with self.lock:
-            self._rename(old_parent, old_name, new_parent, new_name, flags)
+            folded = None if target is None or flags else _must_be_real(source, target)
+            if folded is None:
+                self._rename(source_dir, old_name, source, target_dir, new_name, target, info, flags)
+                return
+        self._own_directory(folded.number)
+        self.rename(old_parent, old_name, new_parent, new_name, flags)
 
     def _check_rename(self, source: Node, target: Node | None, source_dir: Node, target_dir: Node, flags: int) -> None:
         """What the kernel checks as well, and what only we know."""
@@ -758,15 +768,22 @@ class Tree:
                 raise OSError(errno.EINVAL, "can't move a directory into itself")
             directory = self._nodes.parent(directory)
 
-    def _rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
-        source_dir, target_dir = self._living_directory(old_parent), self._living_directory(new_parent)
-        source = self._existing(source_dir, old_name)
-        target = self._nodes.child(target_dir, new_name)
+    def _rename(
+        self,
+        source_dir: Node,
+        old_name: bytes,
+        source: Node,
+        target_dir: Node,
+        new_name: bytes,
+        target: Node | None,
+        target_info: os.stat_result | None,
+        flags: int,
+    ) -> None:
         if target is not None and target.number == source.number:
             return  # two names of one inode: rename(2) does nothing
         self._nodes.register(source)
         exchange = bool(flags & sys.RENAME_EXCHANGE)
-        last = target is not None and not exchange and self._loses_last_name(target)
+        last = target is not None and not exchange and self._loses_last_name(target, target_info)
         if source.kind is Kind.FOLDED and target_dir is not source_dir:
             self._owner.mark_folds(target_dir)
         if exchange and target is not None and target.kind is Kind.FOLDED:
@@ -1150,9 +1167,19 @@ def _is_reserved(name: bytes) -> bool:
     return name.startswith(RESERVED_PREFIX.encode())
 
 
+def _must_be_real(source: Node, target: Node) -> Node | None:
+    """Which of two directories has to be unfolded so that ``source`` can replace ``target``, if one has.
+
+    A folded directory lies in the private area as a link, which can't replace a real one or be replaced by one.
+    """
+    if source.kind is Kind.FOLDED and target.kind is Kind.DIRECTORY:
+        return source
+    return target if source.kind is Kind.DIRECTORY and target.kind is Kind.FOLDED else None
+
+
 def _given_group(folder: int) -> int | None:
     """The group that a directory gives to what is made in it, if it does."""
-    info = os.stat(sys.fd_path(folder))
+    info = os.fstat(folder)
     return info.st_gid if info.st_mode & stat.S_ISGID else None
 
 
