@@ -716,3 +716,8 @@ def test_a_run_without_a_sample_gives_a_report(tmp_path: Path) -> None:
     write_report(run_of((LSTAT,), []), tmp_path)
     assert "not measured" in (tmp_path / "report.html").read_text()
     assert list(tmp_path.glob("plots/*")) == []
+
+
+def test_the_performance_page_has_a_place_for_the_report() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    assert "generated here" in markdown.update(page, "generated here", "docs/performance.md")
