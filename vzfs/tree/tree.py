@@ -229,10 +229,14 @@ class Tree:
                 os.close(fd)
 
     def _drop_if_unused(self, number: int) -> None:
-        """What was listed only, and not remembered by the kernel, needs no memory."""
+        """What was listed only, and not remembered by the kernel, needs no memory.
+
+        Real directories stay: the kernel may know them uncounted from when they were folded, and their link count is
+        dear.
+        """
         with self.lock:
             node = self._nodes.registered(number)
-            if node is not None and not node.dead:
+            if node is not None and not node.dead and node.kind is not Kind.DIRECTORY:
                 self._nodes.drop_if_unused(node)
 
     def slow_to_list(self, number: int) -> bool:
