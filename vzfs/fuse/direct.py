@@ -83,6 +83,7 @@ def negotiate(fd: int, state: State) -> None:
     agreed = wire.Negotiated(min(minor, wire.MINOR), offer & WANTED, MAX_WRITE)
     device.send(wire.reply(header.unique, wire.init_out(agreed, readahead, max_background=64, stack_depth=STACK_DEPTH)))
     _try_passthrough(device)
+    state.words[REQUESTS + Opcode.INIT] += 1
     state.agree(int(agreed.flags), agreed.minor, agreed.max_write)
 
 
