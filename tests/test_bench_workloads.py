@@ -251,11 +251,9 @@ def test_several_clients_share_the_work(kind: type[Workload], rig: Rig) -> None:
     most = max(kind.clients)
     alone, together = (outcomes(kind(), rig.place("overlayfs", clients)) for clients in (1, most))
     for step in kind.steps:
-        if alone[step.name].latencies_ns:  # whole runs count as one operation, whose bytes add up
-            assert together[step.name].operations == alone[step.name].operations
-            assert len(together[step.name].latencies_ns) == len(alone[step.name].latencies_ns)
-        else:
-            assert together[step.name].bytes == most * alone[step.name].bytes
+        assert together[step.name].operations == alone[step.name].operations
+        assert len(together[step.name].latencies_ns) == len(alone[step.name].latencies_ns)
+        assert together[step.name].bytes == alone[step.name].bytes
 
 
 @pytest.mark.parametrize("kind", [w for w in WORKLOADS if not w.writes], ids=lambda kind: kind.name)

@@ -109,19 +109,19 @@ def read_files(order: Order) -> Loop:
 
 
 def sequential_read(order: Order) -> Loop:
-    """Read the file ``path`` from its start to its end, blocks into one buffer."""
-    path = order["path"]
+    """Read ``size`` bytes of the file ``path`` from ``offset`` on, or up to its end, blocks into one buffer."""
+    path, left = order["path"], order["size"]
     heads: list[bytes] = []
-    buffer = bytearray(BLOCK)
-    buffer[:] = b"x" * BLOCK
-    head = memoryview(buffer)[:HEAD]
+    buffer = memoryview(bytearray(b"x" * BLOCK))
+    head = buffer[:HEAD]
     total = 0
 
     def run(stamp: Stamp) -> None:
         nonlocal total
         with open(path, "rb", buffering=0) as file:
+            file.seek(order["offset"])
             reading, note = file.readinto, heads.append
-            while count := reading(buffer):
+            while count := reading(buffer[: left - total]):
                 note(bytes(head))
                 total += count
                 stamp(now())
@@ -233,8 +233,10 @@ def _edges(path: str) -> bytes:
 
 
 def chmod(order: Order) -> Loop:
-    """Give each of ``paths`` the mode ``mode``."""
+    """Give each of ``paths``, whose names the kernel knows, the mode ``mode``."""
     paths, mode = order["paths"], order["mode"]
+    for path in paths:
+        os.lstat(os.path.join(order["root"], path))
 
     def run(stamp: Stamp) -> None:
         call = os.chmod

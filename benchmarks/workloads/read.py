@@ -9,11 +9,18 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from benchmarks.workload import Cache, Group, Outcome, Place, Skip, Step, Workload
+from benchmarks.workloads.client import BLOCK, Order
 from benchmarks.workloads.clients import ENVIRONMENT, measure, shares
 
 CLIENTS = (1, 2, 4)
 LARGE = "bench/large"
 RANDOM_READS = 20_000
+
+
+def sequential(place: Place, client: int = 0) -> Order:
+    """An order to read the client's part of the large file, in whole blocks."""
+    part = -(-place.sizes.large_bytes // place.clients // BLOCK) * BLOCK
+    return {"loop": "sequential_read", "path": place.facts.large, "offset": client * part, "size": part}
 
 
 class SmallFiles(Workload):
@@ -53,7 +60,11 @@ class _Large(Workload):
     loop: ClassVar[str]
 
     def run(self, place: Place, step: Step) -> Outcome:
-        return measure(place, [{"loop": self.loop, "path": place.facts.large}] * place.clients, whole=True)
+        return measure(place, [self.order(place, client) for client in range(place.clients)], whole=True)
+
+    def order(self, place: Place, client: int) -> Order:
+        """What client number ``client`` does."""
+        return {"loop": self.loop, "path": place.facts.large}
 
 
 class SequentialRead(_Large):
@@ -64,6 +75,9 @@ class SequentialRead(_Large):
     loop = "sequential_read"
     steps = (*_Large.steps, Step("disk", "from disk", Cache.ALL, throughput=True))
     clients = (1, 4)
+
+    def order(self, place: Place, client: int) -> Order:
+        return sequential(place, client)
 
 
 class MmapTouch(_Large):

@@ -27,8 +27,8 @@ class FirstWriteSmall(Workload):
     writes = True
     steps = (
         Step("durable", "files of few directories, fsync", Cache.FRESH),
-        Step("spread", "files of many directories, fsync", Cache.FRESH),
-        Step("plain", "files of few directories, each system's own durability", Cache.FRESH),
+        Step("spread", "half as many files of many directories, fsync", Cache.FRESH),
+        Step("plain", "half as many files of few directories, each system's own durability", Cache.FRESH),
     )
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class FirstWriteSmall(Workload):
         near = [path for folder in order for path in folders[folder]]
         self.paths = {
             "durable": near[:count],
-            "plain": near[count : 2 * count],
-            "spread": place.rng.sample(near[2 * count :], count),
+            "plain": near[count : count + count // 2],
+            "spread": place.rng.sample(near[2 * count :], count // 2),
         }
 
     def run(self, place: Place, step: Step) -> Outcome:
@@ -115,11 +115,14 @@ class ChmodLarge(Workload):
     group = Group.WRITE
     writes = True
     steps = (
-        Step("first", "first change in its directory", Cache.FRESH),
+        Step("beside", "for comparison: create a file beside it, the first change in its directory", Cache.FRESH),
+        Step("first", "chmod, first change of the file", Cache.ANY),
         Step("again", "again", Cache.ANY),
     )
 
     def run(self, place: Place, step: Step) -> Outcome:
+        if step.name == "beside":
+            return measure(place, {"loop": "create", "paths": ["bench/new"]})
         mode = 0o600 if step.name == "first" else 0o640
         return measure(place, {"loop": "chmod", "paths": [place.facts.large], "mode": mode})
 
