@@ -40,7 +40,11 @@ UNIQUE, NODE, UID, GID, PID = 2, 3, 4, 5, 6
 SMALL_WRITE = 128 << 10
 """Bytes up to which a write into the page cache is done at once: tens of microseconds."""
 SMALL_COPY = 128 << 10
+LARGEST_READ = 1 << 20
+"""Bytes that one READ asks for at most; the largest WRITE that is agreed upon bounds it, too."""
 _RWF_NOWAIT = 8  # <linux/fs.h>: fail with EAGAIN instead of waiting for the disk
+_MODE = 0o177777
+_FLAGS = 0x7FFFFFFF  # of open(2), an int
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _FALLBACK_FLAGS = wire.FOPEN_KEEP_CACHE | wire.FOPEN_NOFLUSH
@@ -128,7 +132,7 @@ class Handlers:
             mode=stat.S_IMODE(mode) if valid & wire.FATTR_MODE else None,
             uid=uid if valid & wire.FATTR_UID else None,
             gid=gid if valid & wire.FATTR_GID else None,
-            size=size if valid & wire.FATTR_SIZE else None,
+            size=wire.position(size) if valid & wire.FATTR_SIZE else None,
             atime_ns=_moment(valid, wire.FATTR_ATIME, wire.FATTR_ATIME_NOW, now, atime, atime_ns),
             mtime_ns=_moment(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, now, mtime, mtime_ns),
         )
@@ -178,12 +182,13 @@ class Handlers:
         mode, rdev, umask, _ = wire.fields(wire.MKNOD_IN, body)
         name = wire.name(body[wire.MKNOD_IN.size :])
         caller = _caller(header, umask)
-        return self._changing(header, node, self._made, self._tree.mknod, node, name, mode, rdev, caller)
+        return self._changing(header, node, self._made, self._tree.mknod, node, name, mode & _MODE, rdev, caller)
 
     def _mkdir(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         mode, umask = wire.fields(wire.MKDIR_IN, body)
         name = wire.name(body[wire.MKDIR_IN.size :])
-        return self._changing(header, node, self._made, self._tree.mkdir, node, name, mode, _caller(header, umask))
+        caller = _caller(header, umask)
+        return self._changing(header, node, self._made, self._tree.mkdir, node, name, mode & _MODE, caller)
 
     def _symlink(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         name, target = wire.two_names(body)
@@ -202,7 +207,7 @@ class Handlers:
         flags, mode, umask, _ = wire.fields(wire.CREATE_IN, body)
         name = wire.name(body[wire.CREATE_IN.size :])
         caller = _caller(header, umask)
-        return self._changing(header, node, self._create_and_open, node, name, mode, flags, caller)
+        return self._changing(header, node, self._create_and_open, node, name, mode & _MODE, flags & _FLAGS, caller)
 
     def _create_and_open(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> bytes:
         handle, entry = self._tree.create(parent, name, mode, flags, caller)
@@ -210,7 +215,8 @@ class Handlers:
 
     def _tmpfile(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         flags, mode, umask, _ = wire.fields(wire.CREATE_IN, body)
-        return self._changing(header, node, self._make_nameless, node, mode, flags, _caller(header, umask))
+        caller = _caller(header, umask)
+        return self._changing(header, node, self._make_nameless, node, mode & _MODE, flags & _FLAGS, caller)
 
     def _make_nameless(self, parent: int, mode: int, flags: int, caller: Caller) -> bytes:
         handle, entry = self._tree.tmpfile(parent, mode, flags, caller)
@@ -277,7 +283,7 @@ class Handlers:
                     self._words[_TREE] += 1
                     return self._opened(backing)
         self._words[_STORE] += 1
-        kill = bool(open_flags & wire.OPEN_KILL_SUIDGID)
+        kill, flags = bool(open_flags & wire.OPEN_KILL_SUIDGID), flags & _FLAGS
         if flags & _WRITING and tree.slow_to_own(node, size=0 if flags & os.O_TRUNC else None):
             return self._later(header, self.open_data, node, flags, kill, header[PID])
         return self.open_data(node, flags, kill, header[PID])
@@ -356,11 +362,13 @@ class Handlers:
 
     def _read(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         handle, offset, size, *_ = wire.fields(wire.READ_IN, body)
+        if size > LARGEST_READ:
+            raise wire.Malformed(f"{size} bytes are more than the kernel takes at once")
         self._words[_STORE] += 1
         with self._descriptor(node, handle, os.O_RDONLY) as fd:
             buffer = bytearray(size)
             try:
-                done = os.preadv(fd, [buffer], offset, _RWF_NOWAIT)
+                done = os.preadv(fd, [buffer], wire.position(offset), _RWF_NOWAIT)
                 if done == size or (done and offset + done >= os.fstat(fd).st_size):
                     return memoryview(buffer)[:done]
             except OSError as error:
@@ -377,6 +385,7 @@ class Handlers:
         data = body[wire.WRITE_IN.size :]
         if len(data) != size:
             raise wire.Malformed(f"it says {size} bytes of data and has {len(data)}")
+        wire.position(offset + size)
         self._words[_STORE] += 1
         kill = bool(write_flags & wire.WRITE_KILL_SUIDGID)
         if size <= SMALL_WRITE:
@@ -412,6 +421,7 @@ class Handlers:
 
     def _fallocate(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         handle, offset, length, mode, _ = wire.fields(wire.FALLOCATE_IN, body)
+        wire.position(offset + length)
         self._words[_STORE] += 1
         return self._later(header, self._allocate, node, handle, mode, offset, length)
 
@@ -435,6 +445,8 @@ class Handlers:
             wire.COPY_FILE_RANGE_IN, body
         )
         self._words[_STORE] += 1
+        for position in (source_at, target_at, length):
+            wire.position(position)
         wide = header[1] == Opcode.COPY_FILE_RANGE_64
         arguments = (node, source_handle, source_at, target, target_handle, target_at, length, wide)
         if length > SMALL_COPY:
@@ -499,6 +511,7 @@ class Handlers:
         self._words[_STORE] += 1
         records: list[bytes] = []
         room = size
+        wire.position(offset)
         for name, entry, next_offset in self._tree.list_real(node, offset, size):
             if entry is None:
                 continue
@@ -557,7 +570,7 @@ class Handlers:
 
 
 def _caller(header: RawHeader, umask: int = 0) -> Caller:
-    return Caller(header[UID], header[GID], umask)
+    return Caller(header[UID], header[GID], umask & 0o777)
 
 
 def _entry_out(entry: Entry) -> bytes:

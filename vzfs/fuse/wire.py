@@ -259,6 +259,13 @@ def fields(layout: struct.Struct, body: Buffer) -> tuple[int, ...]:
         raise Malformed(f"{len(body)} bytes are too few") from None
 
 
+def position(given: int) -> int:
+    """An offset or a length in a file: unsigned in requests, signed in every system call."""
+    if given >> 63:
+        raise Malformed(f"no file has a byte {given}")
+    return given
+
+
 def name(body: memoryview) -> bytes:
     """The one name that a body consists of."""
     found = body.tobytes()
