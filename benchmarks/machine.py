@@ -18,7 +18,7 @@ PROGRAMS = {"fio": ("fio", "--version"), "libfuse": ("fusermount3", "--version")
 def machine(scratch: Path) -> Machine:
     """This machine, and the file system that holds ``scratch``."""
     mount = _output("findmnt", "-n", "-o", "FSTYPE,SOURCE", "--target", str(scratch)).split()
-    virtual = _output("systemd-detect-virt")
+    virtual = _output("systemd-detect-virt", "--vm")
     return Machine(
         cpu=_cpu(),
         cpus=os.cpu_count() or 1,

@@ -143,7 +143,7 @@ class Machine:
     memory_mib: int
     architecture: str
     virtual: str
-    """What the machine itself runs in, as systemd-detect-virt says; empty if nothing."""
+    """What virtual machine it is, as systemd-detect-virt says; empty if none."""
     file_system: str
     device: str
     kernel: str
