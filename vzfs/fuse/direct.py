@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import time
@@ -39,6 +40,8 @@ MAX_WRITE = 1 << 20
 """Bytes in one WRITE or READ of a file that passthrough is refused for: the most that the kernel sends by default."""
 THREADS = 16
 """Requests that may wait for the disk at once."""
+COLLECT_AFTER = 100_000
+"""Objects made and not freed before cycles are looked for: hardly any arise, and to look takes ms with many nodes."""
 STACK_DEPTH = 1
 """Backing files lie on a plain file system; another one stacked on this mount is still allowed."""
 WANTED = (
@@ -155,6 +158,8 @@ class Engine:
 
     def run(self) -> None:
         """Serve until the mount ends, or ``end`` is called."""
+        gc.freeze()  # what lives as long as the process
+        gc.set_threshold(COLLECT_AFTER)
         try:
             self._serve()
         except Ended:

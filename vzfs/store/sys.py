@@ -251,9 +251,9 @@ def data_segments(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
-def copy_data(src_fd: int, dst_fd: int, size: int) -> None:
+def copy_data(src_fd: int, dst_fd: int, size: int) -> bool:
     """Make the empty file ``dst_fd`` equal to the first ``size`` bytes of ``src_fd``: reflink, else a copy with its
-    holes kept.
+    holes kept. Gives whether data was written, so not yet on the disk, rather than shared.
 
     Raises ``OSError``; ``EIO`` when the source turns out shorter than ``size``.
     """
@@ -261,10 +261,11 @@ def copy_data(src_fd: int, dst_fd: int, size: int) -> None:
         ficlone(dst_fd, src_fd)
         if os.fstat(dst_fd).st_size != size:
             os.ftruncate(dst_fd, size)
-        return
+        return False
     os.ftruncate(dst_fd, size)
     for offset, length in data_segments(src_fd, size):
         _copy_range(src_fd, dst_fd, offset, length)
+    return True
 
 
 def _copy_range(src_fd: int, dst_fd: int, offset: int, length: int) -> None:

@@ -22,7 +22,7 @@ DIRECTORY_CACHE = 256
 
 
 class Sync(enum.Enum):
-    """When changes that vzfs makes on its own (copy-up, unfolding) are flushed; fsync(2) of a program always is."""
+    """When copied-up data is flushed; fsync(2) of a program always is. Metadata is kept in order by a journal."""
 
     NONE = "none"
     """Never: a power failure may lose or, on file systems without ordered data, empty a just copied-up file."""

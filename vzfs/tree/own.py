@@ -53,8 +53,6 @@ class Owner:
         fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=stage)
         try:
             template.unfold_into(fd, entry)
-            if self._sync is not Sync.NONE:
-                os.fsync(fd)
         finally:
             os.close(fd)
         step("unfold:staged")
@@ -109,10 +107,9 @@ class Owner:
         )
         try:
             step("copy-up:made")
-            if size:
-                sys.copy_data(source_fd, fd, size)
+            written = size > 0 and sys.copy_data(source_fd, fd, size)
             step("copy-up:copied")
-            if self._sync is not Sync.NONE:
+            if written and self._sync is not Sync.NONE:  # names and shared blocks are the journal's, which keeps order
                 os.fdatasync(fd)
         finally:
             os.close(fd)
