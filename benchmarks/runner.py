@@ -26,7 +26,7 @@ from benchmarks.plan import Cell, Plan
 from benchmarks.results import Evidence, Figure, Latency, Problem, Sample
 from benchmarks.systems import Ground, Mount, System
 from benchmarks.template import make_shape, make_template
-from benchmarks.workload import Condition, Facts, Outcome, Place, Skip, Step, Workload
+from benchmarks.workload import Cache, Condition, Facts, Outcome, Place, Skip, Step, Workload
 from vzfs.errors import VzfsError
 
 TEMPLATE = "bench"
@@ -154,6 +154,8 @@ class Runner:
                     workload.prepare(place)
                     with self._probe(cell, system, place) if turn == PROFILE_ROUND else contextlib.nullcontext():
                         for step in workload.steps:
+                            if step.cache is Cache.ALL and cell.clients > 1:
+                                continue
                             self._step(cell, workload, step, system, turn, place, spinners)
         except Skip as skip:
             self._problem("skipped", cell, system, turn, "", str(skip))

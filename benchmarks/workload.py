@@ -52,7 +52,8 @@ class Cache(StrEnum):
     number of dentries grows by at least ``Outcome.names`` during the step."""
     ALL = "everything dropped"
     """``sync; echo 3 > drop_caches``: file contents are read from disk as well. Verified: dentries as above, and the
-    page cache grows by at least ``Outcome.bytes`` (of files read)."""
+    page cache grows by at least ``Outcome.bytes`` (of files read). Left out with several clients, which would
+    measure the disk."""
     BACKING = "contents cached below"
     """Everything dropped, then the files in ``Step.files`` were read where the system stores them (``place.stored``),
     not through the mount. Verified: mincore(2) shows them resident there."""
