@@ -54,6 +54,9 @@ _DOTS = (b".", b"..")
 # <linux/fs.h>
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
 FS_IOC32_GETFLAGS, FS_IOC32_SETFLAGS = 0x80046601, 0x40046602
+FS_IOC_FSGETXATTR = 0x801C581F
+_XFLAGS = {0x08: 0x20, 0x10: 0x08, 0x20: 0x10, 0x40: 0x80, 0x80: 0x40}
+"""What FS_IOC_FSGETXATTR calls the ``FS_*_FL`` sync, immutable, append, nodump and noatime."""
 
 
 class Handlers:
@@ -423,10 +426,11 @@ class Handlers:
         handle, offset, length, mode, _ = wire.fields(wire.FALLOCATE_IN, body)
         wire.position(offset + length)
         self._words[_STORE] += 1
-        return self._later(header, self._allocate, node, handle, mode, offset, length)
+        return self._later(header, self._allocate, node, handle, mode, offset, length, header[PID])
 
-    def _allocate(self, node: int, handle: int, mode: int, offset: int, length: int) -> bytes:
+    def _allocate(self, node: int, handle: int, mode: int, offset: int, length: int, client: int) -> bytes:
         with self._descriptor(node, handle, os.O_RDWR) as fd:
+            _guard_set_id(fd, client)
             sys.fallocate(fd, mode, offset, length)
         return b""
 
@@ -448,7 +452,7 @@ class Handlers:
         for position in (source_at, target_at, length):
             wire.position(position)
         wide = header[1] == Opcode.COPY_FILE_RANGE_64
-        arguments = (node, source_handle, source_at, target, target_handle, target_at, length, wide)
+        arguments = (node, source_handle, source_at, target, target_handle, target_at, length, wide, header[PID])
         if length > SMALL_COPY:
             return self._later(header, self._copy, *arguments)
         return self._copy(*arguments)
@@ -465,11 +469,13 @@ class Handlers:
         target_at: int,
         length: int,
         wide: bool,
+        client: int,
     ) -> bytes:
         with (
             self._descriptor(source, source_handle, os.O_RDONLY) as source_fd,
             self._descriptor(target, target_handle, os.O_WRONLY) as target_fd,
         ):
+            _guard_set_id(target_fd, client)
             done = os.copy_file_range(source_fd, target_fd, min(length, 1 << 30), source_at, target_at)
         if wide:
             return wire.COPY_FILE_RANGE_OUT.pack(done)
@@ -482,8 +488,10 @@ class Handlers:
             raise wire.Malformed("its argument is shorter than it says")
         self._words[_STORE] += 1
         if command in (FS_IOC_GETFLAGS, FS_IOC32_GETFLAGS):
-            flags = self._tree.file_flags(node).to_bytes(4, "little").ljust(out_size, b"\0")[:out_size]
-            return wire.IOCTL_OUT.pack(0, 0, 0, 0) + flags
+            return _ioctl_out(self._tree.file_flags(node), out_size)
+        if command == FS_IOC_FSGETXATTR:  # the kernel asks that before it changes flags (vfs_fileattr_set)
+            flags = self._tree.file_flags(node)
+            return _ioctl_out(sum(xflag for flag, xflag in _XFLAGS.items() if flags & flag), out_size)
         if command in (FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS) and in_size >= 4:
             return self._later(header, self._set_flags, node, int.from_bytes(data[:4], "little"))
         raise OSError(errno.ENOTTY, "not an ioctl of this file system")
@@ -567,6 +575,17 @@ class Handlers:
 
     def _removexattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         return self._changing(header, node, self._done, self._tree.removexattr, node, wire.name(body))
+
+
+def _ioctl_out(value: int, size: int) -> bytes:
+    """The answer to an ioctl whose result, of ``size`` bytes, begins with 32 bits of flags."""
+    return wire.IOCTL_OUT.pack(0, 0, 0, 0) + value.to_bytes(4, "little").ljust(size, b"\0")[:size]
+
+
+def _guard_set_id(fd: int, client: int) -> None:
+    """Take set-id bits away where the protocol doesn't say whether the client may keep them."""
+    if os.fstat(fd).st_mode & _SET_ID and not has_capability(client, CAP_FSETID):
+        sys.drop_set_id(fd)
 
 
 def _caller(header: RawHeader, umask: int = 0) -> Caller:
