@@ -6,6 +6,7 @@ Rule: what the user gave is checked completely before anything is made or mounte
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -15,15 +16,15 @@ from typing import Any
 import click
 
 from benchmarks import plan as plans
-from benchmarks.supervise import SIGNALS, is_worker, supervise
+from benchmarks.supervise import is_worker, supervise
 from benchmarks.workload import Condition
-from vzfs.errors import VzfsError
+from vzfs.errors import UnsupportedError, VzfsError
 
 EXIT_PROBLEMS = 11
 """The run is complete, but some system failed or gave other answers than ext4; the results say which."""
 EXIT_SLOWER = 12
 """``compare``: something takes longer than before, by more than the noise."""
-SIGNAL_CODES = {128 + number for number in SIGNALS}
+EXTRA = ("numpy", "scipy", "matplotlib")
 CONDITIONS = [str(condition) for condition in Condition]
 
 
@@ -74,6 +75,7 @@ def run(**options: Any) -> None:
     """
     plan = _plan(options)
     plans.check_machine(plan)
+    _need_extra()
     if not is_worker():
         sys.exit(supervise(sys.argv[1:], plan.scratch))
     from benchmarks.session import measure
@@ -139,6 +141,7 @@ def _say_what_there_is() -> None:
 )
 def report(results: Path, output: Path | None, document: Path | None) -> None:
     """Make a page (HTML), and Markdown with SVG plots, of the results of a run."""
+    _need_extra()
     from benchmarks.report import write_report
     from benchmarks.results import Run
 
@@ -161,6 +164,7 @@ def report(results: Path, output: Path | None, document: Path | None) -> None:
 )
 def compare(old: Path, new: Path, everything: bool, systems: tuple[str, ...], least: float) -> None:
     """Say which figures of run NEW differ from run OLD by more than the noise."""
+    _need_extra()
     from benchmarks.compare import changes, show
     from benchmarks.results import Run
 
@@ -169,6 +173,13 @@ def compare(old: Path, new: Path, everything: bool, systems: tuple[str, ...], le
     show(before, after, found, everything=everything)
     if any(change.verdict == "slower" for change in found):
         sys.exit(EXIT_SLOWER)
+
+
+def _need_extra() -> None:
+    """Raises ``UnsupportedError`` when the libraries of the extra ``bench`` are not installed."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(f"not installed: {', '.join(missing)}", remedy="tools/install --bench")
 
 
 def main() -> None:

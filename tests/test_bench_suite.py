@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import caches, plan, scale
 from benchmarks.catalogue import WORKLOADS
-from benchmarks.cli import EXIT_PROBLEMS, EXIT_SLOWER
+from benchmarks.cli import EXIT_PROBLEMS, EXIT_SLOWER, cli
 from benchmarks.compare import changes
 from benchmarks.conditions import condition
 from benchmarks.results import Evidence, Figure, Machine, Run, Sample, SystemInfo
@@ -26,7 +26,7 @@ from benchmarks.runner import latency
 from benchmarks.systems import SYSTEMS, is_mounted
 from benchmarks.template import count, make_shape
 from benchmarks.workload import QUICK, Cache, Condition, Group, Outcome, Step
-from vzfs.errors import UsageError
+from vzfs.errors import UnsupportedError, UsageError
 
 TOP = Path(__file__).parents[1]
 OURS = "ext4,overlayfs,fuse-overlayfs,vzfs-pyfuse3"
@@ -273,6 +273,12 @@ def test_too_little_disk_is_refused(scratch: Path) -> None:
     finally:
         subprocess.run(["umount", str(scratch)], check=True)
     assert not is_mounted(scratch)
+
+
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.cli.EXTRA", ("scipy", "no_such_library"))
+    with pytest.raises(UnsupportedError, match="not installed: no_such_library"):
+        cli.main(["compare", "old", "new"], standalone_mode=False)
 
 
 def test_names_and_codes_are_distinct() -> None:
