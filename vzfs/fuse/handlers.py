@@ -68,6 +68,7 @@ class Handlers:
         self._files = files
         self._words = words
         self._later = later
+        self._sent_back: tuple[int, int] | None = None
 
     def table(self) -> list[Handler]:
         """Handlers by opcode; unknown ones are refused."""
@@ -143,7 +144,9 @@ class Handlers:
         kill = bool(valid & wire.FATTR_KILL_SUIDGID)
         known = handle if valid & wire.FATTR_FH and handle else None
         if self._tree.slow_to_own(node, size=changes.size):
-            return self._later(header, self._set_attributes, node, changes, known, kill)
+            return self._later(header, self._by_name, self._set_attributes, node, header[PID], changes, known, kill)
+        if changes.size is not None:
+            return self._by_name(self._set_attributes, node, header[PID], changes, known, kill)
         return self._set_attributes(node, changes, known, kill)
 
     def _set_attributes(self, node: int, changes: Changes, handle: int | None, kill: bool) -> bytes:
@@ -288,8 +291,31 @@ class Handlers:
         self._words[_STORE] += 1
         kill, flags = bool(open_flags & wire.OPEN_KILL_SUIDGID), flags & _FLAGS
         if flags & _WRITING and tree.slow_to_own(node, size=0 if flags & os.O_TRUNC else None):
-            return self._later(header, self.open_data, node, flags, kill, header[PID])
+            return self._later(header, self._by_name, self.open_data, node, header[PID], flags, kill, header[PID])
+        if flags & _WRITING:
+            return self._by_name(self.open_data, node, header[PID], flags, kill, header[PID])
         return self.open_data(node, flags, kill, header[PID])
+
+    def _by_name(self, function: Callable[..., bytes], node: int, client: int, *arguments: object) -> bytes:
+        """Change the data of a node that may be what readers keep of a file which has been copied up since.
+
+        ESTALE sends who came by a name to look that up again, and to the copy; who comes back with the same node at
+        once has none (/proc/PID/fd/N), and is told ETXTBSY.
+        """
+        came = node, client
+        try:
+            answer = function(node, *arguments)
+        except OSError as error:
+            if error.errno not in (errno.ESTALE, errno.ETXTBSY):
+                raise
+            if self._sent_back == came:
+                self._sent_back = None
+                raise OSError(errno.ETXTBSY, "its template's data is in use, and it was not opened by a name") from None
+            self._sent_back = came
+            raise OSError(errno.ESTALE, "the copy has a node of its own") from None
+        if self._sent_back is not None and self._sent_back[1] == client:
+            self._sent_back = None
+        return answer
 
     def _opened(self, backing: Backing) -> bytes:
         if self._files.opened(backing):
