@@ -787,7 +787,7 @@ def test_gone_numbers_are_dead_nodes(opening: Opening) -> None:
         assert tree.lookup(number, b"x") is None
         with pytest.raises(FileNotFoundError):
             tree.mkdir(number, b"x", 0o755, ROOT)
-    assert stat.S_IMODE(tree.getattr(made).mode) == 0o755
+    assert stat.S_IMODE(tree.getattr(made).mode) == 0o700  # kept as an orphan
     tree.forget(made, 1)
     again = tree.mkdir(ROOT_NUMBER, b"again", 0o755, ROOT)
     assert tree.getattr(again.number).nlink == 2

@@ -34,9 +34,10 @@ from vzfs.tree.ready import Ready
 log = logging.getLogger(__name__)
 
 SLOW_COPY = 128 << 10
-"""Bytes of a file whose copy-up is long work: about a millisecond with its flush."""
+"""Bytes of a file whose copy-up is long work even without a flush."""
 SLOW_UNFOLD = 64
 """Entries of a directory whose unfolding is long work: about a millisecond."""
+_NOTHING_IS_QUICK = -1
 SLOW_FREE = 64 << 20
 """Bytes of an unlinked file whose removal is long work."""
 SLOW_LISTING = 2048
@@ -106,6 +107,8 @@ class Core:
             raise
         self.counters = Counters()
         self._keeps_readers = readers is Readers.KEEP
+        self._slow_copy = {Sync.NONE: SLOW_COPY, Sync.DATA: 0, Sync.FULL: _NOTHING_IS_QUICK}[sync]  # a flush is long
+        self._slow_unfold = _NOTHING_IS_QUICK if sync is Sync.FULL else SLOW_UNFOLD
         self._owner = Owner(self._nodes, self._area, sync, readers, self.counters)
         ready = Ready(self._nodes, self.lock)
         self.ready_lookup, self.ready_attributes = ready.lookup, ready.attributes
@@ -143,7 +146,8 @@ class Core:
 
     def _discard_orphan(self, node: Node) -> None:
         if node.orphan:
-            os.unlink(node.orphan, dir_fd=self._area.orphans_fd)
+            remove = os.rmdir if node.is_directory else os.unlink
+            remove(node.orphan, dir_fd=self._area.orphans_fd)
             node.orphan = b""
             self._nodes.changed(node.number)
 
@@ -293,8 +297,8 @@ class Core:
                 return False
             if node.kind is not Kind.FOLDED:
                 content = template.index.attributes(node.entry).size
-                return min(content, content if size is None else size) > SLOW_COPY or self._parent_is_slow(node)
-            return template.index.child_count[node.entry] > SLOW_UNFOLD or self._parent_is_slow(node)
+                return min(content, content if size is None else size) > self._slow_copy or self._parent_is_slow(node)
+            return template.index.child_count[node.entry] > self._slow_unfold or self._parent_is_slow(node)
 
     def _is_own(self, number: int) -> bool:
         """Whether the node is known to be the container's own; a quick answer, which never turns from yes to no."""

@@ -207,7 +207,9 @@ class Nodes:
             node = Node(number, Kind.OWN, self.number_of(*origin), *origin)
         node.orphan = name
         node.lookups = 1
-        if info.st_nlink > 1:
+        if stat.S_ISDIR(info.st_mode):
+            node.kind, node.dead = Kind.DIRECTORY, True
+        elif info.st_nlink > 1:
             node.lost = True
             self.set_own(node, Kind.OWN, info.st_ino)
         else:
@@ -682,7 +684,7 @@ class Nodes:
 
     def path(self, node: Node) -> bytes:
         """A path to what stores the node, for the calls that need one."""
-        if node.kind is Kind.DIRECTORY:
+        if node.kind is Kind.DIRECTORY and not node.orphan:
             return sys.entry_path(self.living_directory_fd(node), b".")
         return sys.entry_path(*self.location(node))
 
@@ -719,6 +721,8 @@ class Nodes:
 
     def _own_attributes(self, node: Node, info: os.stat_result | None) -> Attributes:
         if node.kind is Kind.DIRECTORY:
+            if node.orphan:
+                return Attributes.of(os.lstat(self.path(node)), node.ino, 0)
             info = info or os.fstat(self.living_directory_fd(node))
             if info.st_nlink == 1:  # btrfs, for one, doesn't count subdirectories, and says so by 1
                 return Attributes.of(info, node.ino, 1)

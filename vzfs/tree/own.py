@@ -22,7 +22,7 @@ from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR
 from vzfs.store.opened import SPLIT_XATTR, OpenTemplate, apply_attributes
 from vzfs.store.ownlink import make_own_link
 from vzfs.store.record import Record, read_own_xattrs, read_record
-from vzfs.tree.area import PrivateArea, Sync
+from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.counters import Counters
 from vzfs.tree.node import Kind, Node, Readers
 from vzfs.tree.nodes import Nodes
@@ -326,6 +326,16 @@ class Owner:
         os.rename(name, orphan, src_dir_fd=folder, dst_dir_fd=self._area.orphans_fd)
         step("orphan:moved")
         node.orphan = orphan
+
+    def move_directory_to_orphans(self, node: Node, folder: int, name: bytes) -> None:
+        """Take the ``name`` of a directory away. Raises ``OSError`` ``ENOTEMPTY``."""
+        fd = self._nodes.directory_fd(node)  # open, so that it keeps its inode number if it can't be moved
+        if list_names(fd):
+            raise OSError(errno.ENOTEMPTY, "directory not empty", name)
+        try:
+            self.move_to_orphans(node, folder, name)
+        except OSError:  # no space for one more name there
+            os.rmdir(name, dir_fd=folder)
 
     def link_to_orphans(self, node: Node, folder: int, name: bytes) -> None:
         """Keep an own object that is about to lose ``name``."""

@@ -298,6 +298,8 @@ class Tree(Files):
                 self._check_empty(node)
                 os.unlink(name, dir_fd=fd)
                 self._count_folded(directory, -1)
+            elif self._nodes.is_known(node):
+                self._owner.move_directory_to_orphans(node, fd, name)
             else:
                 os.rmdir(name, dir_fd=fd)
             step("rmdir:done")
@@ -387,6 +389,8 @@ class Tree(Files):
         self._change_ctime(source)
         if exchange and target is not None:
             self._change_ctime(target)
+        if last and target is not None and target.kind is Kind.DIRECTORY:
+            self._nodes.directory_fd(target)  # open, so that it keeps its inode number
         source_fd, target_fd = self._nodes.directory_fd(source_dir), self._nodes.directory_fd(target_dir)
         keep = target is not None and not exchange and self._must_keep(target, target_dir, new_name, last=last)
         with self._losing_name(target) if target is not None and not exchange else contextlib.nullcontext():
