@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SMALL
-from tests.engines import ENGINES
+from tests.engines import DEFAULT, ENGINES
 from tests.stateful_model import FileSystem, PosixFs, Row, TreeFs, copy_tree, snapshot
 from vzfs import Container, Store
 from vzfs.store import opened
@@ -195,7 +195,7 @@ MOUNTED = [
 ]
 """Cases that are tried on a mount, too; each crash there takes most of a second."""
 ENGINES_DIFFER = ["copy-up", "copy-up-truncating", "orphan", "orphan-replaced", "unlink-group-all", "user-create"]
-"""Those of them where a second engine asks the tree otherwise: it opens and creates by other calls."""
+"""Those of them where another engine asks the tree otherwise: it opens and creates by other calls."""
 
 
 # ------------------------------------------------------------------------------------------------------------ a program
@@ -456,7 +456,7 @@ def dies(container: Container) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [(name, engine) for engine in ENGINES for name in (MOUNTED if engine == ENGINES[0] else ENGINES_DIFFER)],
+    [(name, engine) for engine in ENGINES for name in (MOUNTED if engine == DEFAULT else ENGINES_DIFFER)],
 )
 def test_mount_killed_at_every_step(
     name: str, engine: str, small_store: Store, scratch: Path, monkeypatch: pytest.MonkeyPatch
