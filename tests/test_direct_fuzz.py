@@ -69,7 +69,18 @@ class Rig:
                 raise OSError(errno.ENODEV, "the kernel's end is closed")
             return length
 
+        send = self._engine._device.send
+
+        def send_or_fail(answer: bytes) -> None:
+            try:
+                send(answer)
+            except OSError as error:
+                if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                    raise
+                send(wire.failure(wire.OUT_HEADER.unpack_from(answer)[2], error.errno))  # a socket has less room
+
         self._engine._device.receive = receive_or_end
+        self._engine._device.send = send_or_fail  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._engine.run)
         self._thread.start()
         self._uniques = itertools.count(2, 2)
@@ -210,7 +221,9 @@ XATTRS = [
 ]
 U32, U64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
 SIZES = st.sampled_from([0, 1, 100, 4096, 128 << 10, MAX_WRITE]) | U32
-OFFSETS = st.sampled_from([0, 1, 2, 3, 4095, 1 << 20, 1 << 32, (1 << 32) + 5, (1 << 63) - 1, 1 << 63]) | U64
+_NEAR = st.sampled_from([0, 1, 2, 3, 4095, 4096, 70_000, 1 << 20])
+OFFSETS = _NEAR | _NEAR | st.sampled_from([1 << 32, (1 << 32) + 5, (1 << 63) - 1, 1 << 63]) | U64
+SECONDS = st.integers(0, 1 << 33)  # up to the year 2242
 OPEN_FLAGS = st.sampled_from(
     [os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC, os.O_WRONLY | os.O_APPEND, os.O_RDWR | os.O_DIRECT]
 )
@@ -256,10 +269,13 @@ class _Known:
     number: int
 
 
-_NODES = st.integers(0, 40) | st.just(1) | U64
+_GIVEN = st.integers(0, 40)
+_NODES = st.one_of(_GIVEN, _GIVEN, _GIVEN, _GIVEN, st.just(1), st.integers(0, 1000), U64)
 _NODE = st.builds(_Known, st.just("nodes"), _NODES)
-_HANDLE = st.builds(_Known, st.just("handles"), st.integers(0, 6) | U64)
-_NAME = st.sampled_from(NAMES).map(lambda name: name + b"\0")
+_HANDLE = st.builds(_Known, st.just("handles"), st.one_of(_GIVEN, _GIVEN, _GIVEN, U64))
+_EXISTING = b"\x01"
+"""Stands for a name that is known to exist; the request then goes to the directory that it is in."""
+_NAME = (st.just(_EXISTING) | st.sampled_from(NAMES)).map(lambda name: name + b"\0")
 _XATTR = st.sampled_from(XATTRS).map(lambda name: name + b"\0")
 
 
@@ -290,7 +306,7 @@ _CREATE = st.tuples(packed("IIII", OPEN_FLAGS, MODES, st.sampled_from([0, 0o22])
 _SETATTR = st.tuples(
     packed("II", st.integers(0, 0xFFF), 0),
     _HANDLE,
-    packed("QQQQQ", OFFSETS, 0, OFFSETS, OFFSETS, 0),
+    packed("QQQQQ", OFFSETS, 0, SECONDS, SECONDS, 0),
     packed("IIIIIIII", U32, U32, 0, MODES | U32, 0, U32, U32, 0),
 )
 _COPY = st.tuples(
@@ -333,9 +349,11 @@ BODIES: dict[int, st.SearchStrategy[tuple[bytes | _Known, ...]]] = {
     ),
     Opcode.NOTIFY_REPLY: st.tuples(st.binary(max_size=40)),
     Opcode.BATCH_FORGET: st.lists(st.tuples(st.integers(0, 40) | U64, st.integers(0, 3)), max_size=5).map(_forgets),
-    Opcode.FALLOCATE: st.tuples(_HANDLE, packed("QQII", OFFSETS, OFFSETS, st.integers(0, 127), 0)),
-    Opcode.RENAME2: st.tuples(_NODE, packed("II", st.integers(0, 7), 0), _NAME, _NAME),
-    Opcode.LSEEK: st.tuples(_HANDLE, packed("QII", OFFSETS, st.integers(0, 5), 0)),
+    Opcode.FALLOCATE: st.tuples(
+        _HANDLE, packed("QQII", OFFSETS, OFFSETS, st.sampled_from([0, 1, 3, 16, 17]) | st.integers(0, 127), 0)
+    ),
+    Opcode.RENAME2: st.tuples(_NODE, packed("II", st.integers(0, 2) | st.integers(0, 7), 0), _NAME, _NAME),
+    Opcode.LSEEK: st.tuples(_HANDLE, packed("QII", OFFSETS, st.sampled_from([3, 4]) | st.integers(0, 5), 0)),
     Opcode.COPY_FILE_RANGE: _COPY,
     Opcode.COPY_FILE_RANGE_64: _COPY,
     Opcode.SYNCFS: st.tuples(packed("Q", 0)),
@@ -367,6 +385,16 @@ def damaged(draw: st.DrawFn) -> Sent:
     )
 
 
+_NAME_AT: dict[int, int] = {
+    Opcode.LOOKUP: 0,
+    Opcode.MKDIR: 8,
+    Opcode.MKNOD: 16,
+    Opcode.CREATE: 16,
+    Opcode.SYMLINK: 0,
+    Opcode.LINK: 8,
+}
+
+
 @dataclass(slots=True)
 class Client:
     """Sends requests, keeps what it was given, and judges each answer."""
@@ -374,6 +402,7 @@ class Client:
     rig: Rig
     nodes: list[int] = field(default_factory=lambda: [0, 1])
     handles: list[int] = field(default_factory=lambda: [0])
+    names: list[tuple[int, bytes]] = field(default_factory=lambda: [(1, b"var"), (1, b"odd"), (1, b"dev")])
     waiting: dict[int, Sent] = field(default_factory=dict)
 
     def send(self, sent: Sent) -> None:
@@ -384,8 +413,11 @@ class Client:
                     self.nodes if of == "nodes" else self.handles, int.from_bytes(body[at : at + 8], "little")
                 )
                 body[at : at + 8] = number.to_bytes(8, "little")
-        unique = self.rig.unique()
         node = self._known(self.nodes, sent.node)
+        if _EXISTING + b"\0" in body:
+            node, name = self.names[sent.node % len(self.names)]
+            body = bytearray(bytes(body).replace(_EXISTING + b"\0", name + b"\0", 1))
+        unique = self.rig.unique()
         message = request(
             sent.opcode, unique, node, bytes(body), uid=sent.uid, gid=sent.gid, pid=sent.pid, length=sent.length
         )
@@ -403,7 +435,7 @@ class Client:
         for position, name in ((2, b"passwd"), (2, b"shadow"), (3, b"su"), (7, b"pair-a"), (4, b"large")):
             self.send(Sent(Opcode.LOOKUP, position, name + b"\0"))
             self.settle()
-            writing = os.O_RDWR if name in (b"passwd", b"pair-a") else os.O_RDONLY
+            writing = os.O_RDWR if name in (b"passwd", b"pair-a", b"large") else os.O_RDONLY
             self.send(Sent(Opcode.OPEN, len(self.nodes) - 1, wire.OPEN_IN.pack(writing, 0)))
             self.settle()
         self.send(Sent(Opcode.CREATE, 5, wire.CREATE_IN.pack(os.O_RDWR, 0o100644, 0, 0) + b"x\0"))
@@ -439,6 +471,8 @@ class Client:
         assert fields[0] or sent.opcode == Opcode.LOOKUP
         if fields[0]:
             self.nodes.append(fields[0])
+            if sent.opcode in _NAME_AT:
+                self.names.append((sent.node, sent.body[_NAME_AT[sent.opcode] :].split(b"\0")[0]))
 
     def create(self, sent: Sent, body: bytes) -> None:
         assert len(body) == wire.ENTRY_OUT.size + wire.OPEN_OUT.size
@@ -464,6 +498,8 @@ class Client:
                     self.nodes.append(node)
             _, offset, length, _ = wire.DIRENT.unpack_from(body, at)
             name = body[at + wire.DIRENT.size : at + wire.DIRENT.size + length]
+            if name not in (b".", b".."):
+                self.names.append((sent.node, name))
             assert len(name) == length > 0 and b"/" not in name and b"\0" not in name and offset
             at += wire.DIRENT.size + length + -length % 8
         assert at == len(body)
@@ -534,7 +570,7 @@ def nothing_unforeseen() -> Iterator[None]:
 
 
 _settings = settings(
-    max_examples=int(os.environ.get("VZFS_FUZZ_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("VZFS_FUZZ_EXAMPLES", "150")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
