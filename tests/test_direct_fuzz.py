@@ -156,12 +156,14 @@ def conversation(store: Store) -> Iterator[Rig]:
     container = store.create(next(_containers), template=SMALL)
     before = manifest(top, container.path)
     own = sorted(os.listdir(container.path))
+    umask = os.umask(0)  # the tree uses and leaves it so, as in a serving process
     rig = Rig(store, container)
     try:
         yield rig
         assert rig.alive, "the engine ended"
     finally:
         left = rig.end()
+        os.umask(umask)
         problems, names, after = container.check(), os.listdir(container.path), manifest(top, container.path)
         container.destroy()
     assert not left, "answers that nobody asked for"

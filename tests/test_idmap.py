@@ -85,6 +85,8 @@ def container(clean_path: Path) -> EngineContainer:
     os.chown(source / "home", 1000, 1000)
     (source / "home/file").write_bytes(b"the user's\n")
     os.chown(source / "home/file", 1000, 1000)
+    (source / "home/file").chmod(0o644)
+    (source / "home").chmod(0o755)
     (source / "bin/su").chmod(0o4777)
     (source / "var/mail").chmod(0o2775)
     store.create_template(SMALL, str(source))
