@@ -27,7 +27,7 @@ from tests.conftest import ACL, LARGE_SIZE, SMALL, SPARSE_SIZE, make_source
 from tests.engines import EngineContainer, EngineStore
 from tests.realuse_helpers import alive, environment, expect, in_child, loop_mounted, run, wait_for
 from vzfs import Statistics
-from vzfs.fuse.backing import IDLE
+from vzfs.fuse.backing import REGISTERED
 from vzfs.store import sys as calls
 from vzfs.store.lock import read_holder
 
@@ -649,7 +649,7 @@ def test_backing_files_are_bounded_and_released(root: Path, container: EngineCon
     fds = [os.open(root / f"folder/{number}", os.O_RDONLY) for number in range(300)]
     counted = container.stats()
     assert counted.backing_open == 300
-    assert counted.backing_registered <= 300 + IDLE
+    assert counted.backing_registered <= 300 + REGISTERED
     for number in range(150):  # gone, but open
         (root / f"folder/{number}").unlink()
     for fd in fds:

@@ -2,8 +2,8 @@
 
 Rules:
 - One node has one backing file as long as anybody has it open; the kernel refuses another meanwhile.
-- A registration outlives its last close while it is useful, because making one costs more than all else in an open;
-  the least recently closed ones go when there are too many.
+- A registration outlives its last close while it is useful, because making one costs more than all else in an open.
+  When there are too many, those go that nobody has opened since the last time.
 - What is registered stands in memory that a successor of this process maps, with how often it is open: a registration
   is the kernel's and lives on.
 
@@ -13,143 +13,125 @@ Called under the tree's lock.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator
 
 from vzfs.fuse import wire
 from vzfs.fuse.device import Device
 from vzfs.fuse.state import BACKING_WORDS
+from vzfs.tree.node import Node
+from vzfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
-IDLE = 8192
-"""Registrations kept though nothing has the file open; each pins one inode and one struct file in the kernel."""
+REGISTERED = 8192
+"""Registrations above which idle ones are ended; each pins an inode and a struct file in the kernel."""
+_ENDED_AT_ONCE = REGISTERED // 16
 
 
 class Backing:
-    """The backing file of node ``number``, open ``count`` times. ``own``: it is the container's, so may be written."""
+    """The backing file of ``node``, which is open ``node.held`` times. ``own``: the container's, so may be written."""
 
-    __slots__ = ("answer", "backing_id", "count", "guarded", "number", "own", "slot", "stale")
+    __slots__ = ("answer", "at", "backing_id", "guarded", "node", "number", "own", "stale", "used")
 
-    def __init__(self, number: int, backing_id: int, slot: int, *, own: bool, count: int = 0) -> None:
-        self.number = number
+    def __init__(self, node: Node, backing_id: int, at: int, *, own: bool) -> None:
+        self.node = node
+        self.number = node.number
         self.backing_id = backing_id
-        self.slot = slot
+        self.at = at  # of its slot
         self.own = own
-        self.count = count
         self.guarded = True  # it may have set-id bits, so whoever wants to write is looked at
-        self.stale = False  # the node is gone or has other data now: to be closed with the last who has it open
+        self.stale = node.dead  # it has no name or other data now: to be ended by the last who closes it
+        self.used = True  # since the last look for one to end
         # The kernel takes no FOPEN_KEEP_CACHE beside passthrough (fs/fuse/iomode.c).
         self.answer = wire.OPEN_OUT.pack(0, wire.FOPEN_PASSTHROUGH | wire.FOPEN_NOFLUSH, backing_id)
 
 
 class BackingFiles:
-    """The registrations of one mount. ``slots`` is the shared memory (``state.BACKING``)."""
+    """The registrations of one mount, in ``known`` by node number; ``slots`` is shared memory (``state.BACKING``)."""
 
-    def __init__(self, device: Device, slots: memoryview) -> None:
+    def __init__(self, device: Device, tree: Tree, slots: memoryview) -> None:
         self._device = device
+        self._tree = tree
         self._slots = slots
-        self._known: dict[int, Backing] = {}
-        self._idle: OrderedDict[int, Backing] = OrderedDict()
-        self._free = [
-            slot for slot in range(len(slots) // BACKING_WORDS - 1, -1, -1) if not slots[slot * BACKING_WORDS]
-        ]
+        self.known: dict[int, Backing] = {}
+        self._free = [at for at in range(len(slots) - BACKING_WORDS, -1, -BACKING_WORDS) if not slots[at]]
 
-    def inherited(self) -> Iterator[tuple[int, int]]:
-        """Node number and open count of what a predecessor registered; to be given to ``inherit`` one by one."""
+    def inherited(self) -> Iterator[tuple[int, int, int]]:
+        """Place, node number and open count of what a predecessor registered, each to be given to ``inherit``."""
         for at in range(0, len(self._slots), BACKING_WORDS):
             if self._slots[at]:
-                yield self._slots[at], self._slots[at + 2]
+                yield at, self._slots[at], self._slots[at + 2]
 
-    def inherit(self, *, own: frozenset[int]) -> None:
-        """Take over a predecessor's registrations; ``own`` are the numbers of nodes that are the container's."""
-        for slot in range(len(self._slots) // BACKING_WORDS):
-            number, backing_id, count = self._slots[slot * BACKING_WORDS : slot * BACKING_WORDS + BACKING_WORDS]
-            if number:
-                backing = Backing(number, backing_id, slot, own=number in own, count=count)
-                self._known[number] = backing
-                if not count:
-                    self._idle[number] = backing
-
-    def get(self, number: int) -> Backing | None:
-        """The node's registration, if there is one."""
-        return self._known.get(number)
+    def inherit(self, at: int, *, own: bool) -> None:
+        """Take over a predecessor's registration."""
+        number, backing_id, count = self._slots[at : at + BACKING_WORDS]
+        node = self._tree.keep(number)
+        node.held = count
+        self.known[number] = Backing(node, backing_id, at, own=own)
+        if node.dead:
+            self.forget(number)
 
     def register(self, number: int, fd: int, *, own: bool) -> Backing | None:
         """Register the open file ``fd`` for a node that has no registration; ``None`` where passthrough is refused."""
+        if len(self.known) >= REGISTERED:
+            self._end_some()
         if not self._free:
-            self._shrink(0)
-            if not self._free:
-                return None
+            return None
         try:
             backing_id = self._device.open_backing(fd)
         except OSError as error:
             log.debug("no passthrough for node %d: %s", number, error)
             return None
-        slot = self._free.pop()
-        backing = self._known[number] = Backing(number, backing_id, slot, own=own)
-        at = slot * BACKING_WORDS
+        at = self._free.pop()
+        backing = self.known[number] = Backing(self._tree.keep(number), backing_id, at, own=own)
         self._slots[at + 1], self._slots[at + 2] = backing_id, 0
         self._slots[at] = number  # last: only now the slot counts
-        self._idle[number] = backing
         return backing
 
-    def opened(self, backing: Backing) -> bool:
-        """Count one more opening; whether it is the first."""
-        backing.count += 1
-        self._slots[backing.slot * BACKING_WORDS + 2] = backing.count
-        if backing.count > 1:
-            return False
-        self._idle.pop(backing.number, None)
-        return True
+    def open(self, backing: Backing) -> bytes:
+        """Count one more opening; gives the answer to it."""
+        backing.node.held = self._slots[backing.at + 2] = backing.node.held + 1
+        backing.used = True
+        return backing.answer
 
-    def closed(self, number: int) -> bool:
-        """Count one opening less; whether it was the last."""
-        backing = self._known.get(number)
-        if backing is None or not backing.count:
-            return False
-        backing.count -= 1
-        self._slots[backing.slot * BACKING_WORDS + 2] = backing.count
-        if backing.count:
-            return False
-        if backing.stale:
-            self._close(backing)
-        else:
-            self._idle[number] = backing
-            self._shrink(IDLE)
-        return True
+    def close(self, backing: Backing) -> None:
+        """Count one opening less."""
+        if backing.node.held:  # else an opening that a dead predecessor had not counted
+            backing.node.held = self._slots[backing.at + 2] = backing.node.held - 1
+            if backing.stale and not backing.node.held:
+                self._end(backing)
 
     def guard(self, number: int) -> None:
         """The file has got set-id bits."""
-        backing = self._known.get(number)
+        backing = self.known.get(number)
         if backing is not None:
             backing.guarded = True
 
     def forget(self, number: int) -> None:
         """The node is gone or has other data now: end its registration, or let it end with who has it open."""
-        backing = self._known.get(number)
+        backing = self.known.get(number)
         if backing is None:
             return
-        if backing.count:
+        if backing.node.held:
             backing.stale = True
         else:
-            del self._idle[number]
-            self._close(backing)
+            self._end(backing)
 
-    def _shrink(self, room: int) -> None:
-        while len(self._idle) > room:
-            self._close(self._idle.popitem(last=False)[1])
+    def _end_some(self) -> None:
+        """End registrations that nobody has open, those first that have not been used since the last time."""
+        idle = [backing for backing in self.known.values() if not backing.node.held]
+        idle.sort(key=lambda backing: backing.used)
+        for backing in idle[:_ENDED_AT_ONCE]:
+            self._end(backing)
+        for backing in idle[_ENDED_AT_ONCE:]:
+            backing.used = False
 
-    def _close(self, backing: Backing) -> None:
-        del self._known[backing.number]
-        self._slots[backing.slot * BACKING_WORDS] = 0
-        self._free.append(backing.slot)
+    def _end(self, backing: Backing) -> None:
+        del self.known[backing.number]
+        self._slots[backing.at] = 0
+        self._free.append(backing.at)
         try:
             self._device.close_backing(backing.backing_id)
         except OSError as error:  # the mount ended meanwhile
             log.debug("backing file %d: %s", backing.backing_id, error)
-
-    @property
-    def registered(self) -> int:
-        """How many registrations there are."""
-        return len(self._known)
+        self._tree.let_go(backing.node)

@@ -117,7 +117,7 @@ class Engine:
         self._words = state.words
         state.note(tree.counters)
         self._device = Device(fd, state.max_write, busy_poll_us)
-        self._files = BackingFiles(self._device, state.words[BACKING:])
+        self._files = BackingFiles(self._device, tree, state.words[BACKING:])
         self._follower = Follower()
         self._workers = ThreadPoolExecutor(THREADS, "vzfs-worker", self._follower.leave)
         self._answer = Handlers(tree, self._files, self._words, self._later).table()
@@ -132,23 +132,20 @@ class Engine:
         """Take over from a predecessor: what it had registered, and what it had read and not answered."""
         tree = self._tree
         with tree.lock:
-            own = frozenset(number for number, count in self._files.inherited() if self._take_over(number, count))
-            self._files.inherit(own=own)
+            for at, number, count in list(self._files.inherited()):
+                self._take_over(at, number, count)
         at_once = Handlers(tree, self._files, self._words, lambda _, function, *arguments: function(*arguments))
         self._answer = Resent(tree, self._files, at_once, self._words[LAST_DONE]).table(self._answer)
         self._device.send(wire.notification(wire.NOTIFY_RESEND))
 
-    def _take_over(self, number: int, count: int) -> bool:
-        """Hold a node that is open ``count`` times; whether its data is the container's own."""
+    def _take_over(self, at: int, number: int, count: int) -> None:
         try:
-            if count:
-                self._tree.hold(number)
             fd, own = self._tree.data_of(number, os.O_RDONLY)
         except OSError as error:
-            log.warning("node %d, which has a backing file, is gone: %s", number, error)
-            return False
+            log.warning("node %d, which is open %d times by passthrough, is gone: %s", number, count, error)
+            return
         os.close(fd)
-        return own
+        self._files.inherit(at, own=own)
 
     def end(self) -> None:
         """Stop serving soon; to be called by a signal handler in the serving thread, which must be the main one."""
@@ -169,9 +166,9 @@ class Engine:
 
     def _serve(self) -> None:
         device, words, follower = self._device, self._words, self._follower
-        receive, buffer, view = device.receive, device.buffer, memoryview(device.buffer)
-        unpack, head = wire.IN_HEADER.unpack_from, wire.IN_HEADER.size
-        answers, known, clock = self._answer, wire.OPCODES, time.perf_counter_ns
+        receive, buffer, view, fd = device.receive, device.buffer, memoryview(device.buffer), device.fd
+        unpack, head, pack, tail = wire.IN_HEADER.unpack_from, wire.IN_HEADER.size, wire.OUT_HEADER.pack, 16
+        answers, known, clock, write = self._answer, wire.OPCODES, time.perf_counter_ns, os.write
         served = 0
         while not self._ending:
             self._waiting = True
@@ -191,12 +188,11 @@ class Engine:
                     raise _unknown(header, length)
                 words[REQUESTS + opcode] += 1
                 answer = answers[opcode](header[3], view[head:length], header)
-            except Exception as error:  # noqa: BLE001
-                self._fail(header, error, length)
-            else:
                 if answer is not None:
                     words[LAST_DONE] = header[2]
-                    self._send(header, answer)
+                    write(fd, pack(tail + len(answer), 0, header[2]) + answer)
+            except Exception as error:  # noqa: BLE001
+                self._fail(header, error, length)
             words[PAUSES + (clock() - start).bit_length()] += 1
             served += 1
             if not served % EVERY and header[6]:

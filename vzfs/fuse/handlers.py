@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from vzfs.fuse import wire
-from vzfs.fuse.backing import Backing, BackingFiles
+from vzfs.fuse.backing import BackingFiles
 from vzfs.fuse.client import CAP_FSETID, CAP_SYS_ADMIN, has_capability
 from vzfs.fuse.state import ANSWERED
 from vzfs.fuse.wire import Opcode
@@ -231,10 +231,10 @@ class Handlers:
     def _pass_through(self, handle: int, number: int, fd: int) -> bytes:
         """The answer to who just opened the container's own file ``number``; its handle is given up if possible."""
         with self._tree.lock:
-            backing = self._files.get(number) or self._files.register(number, fd, own=True)
+            backing = self._files.known.get(number) or self._files.register(number, fd, own=True)
             if backing is None:
                 return wire.OPEN_OUT.pack(handle, _FALLBACK_FLAGS, 0)
-            answer = self._opened(backing)
+            answer = self._files.open(backing)
             self._tree.release(handle)
             return answer
 
@@ -284,10 +284,10 @@ class Handlers:
         tree = self._tree
         if not flags & os.O_TRUNC:
             with tree.lock:
-                backing = self._files.get(node)
+                backing = self._files.known.get(node)
                 if backing is not None and (not flags & _WRITING or (backing.own and not backing.guarded)):
                     self._words[_TREE] += 1
-                    return self._opened(backing)
+                    return self._files.open(backing)
         self._words[_STORE] += 1
         kill, flags = bool(open_flags & wire.OPEN_KILL_SUIDGID), flags & _FLAGS
         if flags & _WRITING and tree.slow_to_own(node, size=0 if flags & os.O_TRUNC else None):
@@ -317,11 +317,6 @@ class Handlers:
             self._sent_back = None
         return answer
 
-    def _opened(self, backing: Backing) -> bytes:
-        if self._files.opened(backing):
-            self._tree.hold(backing.number)
-        return backing.answer
-
     def open_data(self, number: int, flags: int, kill: bool = False, client: int = 0) -> bytes:
         """The answer to who opens the regular file ``number``; ``kill``: its set-id bits go."""
         tree, writing = self._tree, flags & _WRITING
@@ -334,12 +329,12 @@ class Handlers:
                     sys.drop_set_id(fd)
                 guarded = bool(os.fstat(fd).st_mode & _SET_ID)
                 if not (guarded and writing and self._watch_writes(number, fd, client)):
-                    backing = self._files.get(number)
+                    backing = self._files.known.get(number)
                     if backing is None and not tree.has_handles(number):
                         backing = self._files.register(number, fd, own=own)
                     if backing is not None:
                         backing.guarded = guarded
-                        return self._opened(backing)
+                        return self._files.open(backing)
             finally:
                 os.close(fd)
             handle = tree.open(number, flags & ~os.O_TRUNC)
@@ -353,8 +348,8 @@ class Handlers:
         """
         if has_capability(client, CAP_FSETID):
             return False
-        backing = self._files.get(number)
-        if backing is not None and backing.count:
+        backing = self._files.known.get(number)
+        if backing is not None and backing.node.held:
             sys.drop_set_id(fd)
             return False
         self._files.forget(number)
@@ -364,6 +359,14 @@ class Handlers:
         handle = wire.fields(wire.RELEASE_IN, body)[0]
         tree = self._tree
         self._words[_TREE] += 1
+        if not handle:
+            with tree.lock:
+                backing = self._files.known.get(node)
+                if backing is None:
+                    return b""
+                if not backing.stale:
+                    self._files.close(backing)
+                    return b""
         if tree.slow_to_forget(node):
             return self._later(header, self._close, node, handle)
         return self._close(node, handle)
@@ -373,8 +376,9 @@ class Handlers:
             self._tree.release(handle)
             return b""
         with self._tree.lock:
-            if self._files.closed(node):
-                self._tree.unhold(node)
+            backing = self._files.known.get(node)
+            if backing is not None:
+                self._files.close(backing)
         return b""
 
     @contextlib.contextmanager

@@ -42,7 +42,9 @@ class MountEntry:
 def mount_table(process: int | str = "self") -> Iterator[MountEntry]:
     """All mounts that this process, or another, sees, the topmost of a place last."""
     # As bytes: names may hold whatever str takes for white space or the end of a line, the kernel escapes four of them.
-    for line in Path(f"/proc/{process}/mountinfo").read_bytes().removesuffix(b"\n").split(b"\n"):
+    for line in Path(f"/proc/{process}/mountinfo").read_bytes().split(b"\n"):
+        if not line:  # at the end; and all there is for a process in a root that was lazily unmounted
+            continue
         fields = line.split(b" ")
         separator = fields.index(b"-", 6)
         yield MountEntry(

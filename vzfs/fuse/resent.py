@@ -77,8 +77,8 @@ class Resent:
         if opcode == Opcode.RENAME2 and wire.fields(wire.RENAME2_IN, body)[1] & RENAME_EXCHANGE:
             return b""
         if opcode == Opcode.OPEN and not wire.fields(wire.OPEN_IN, body)[0] & os.O_TRUNC:
-            backing = self._files.get(node)
-            return backing.answer if backing is not None and backing.count else None
+            backing = self._files.known.get(node)
+            return backing.answer if backing is not None and backing.node.held else None
         return None
 
     def _made(self, opcode: Opcode, parent: int, body: memoryview) -> Answer:

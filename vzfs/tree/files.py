@@ -89,6 +89,20 @@ class Files(Core):
                 node.held -= 1
                 self._closed(node)
 
+    def keep(self, number: int) -> Node:
+        """Keep the node until ``let_go``, for who counts in its ``held``, under the lock, how often it is open."""
+        with self.lock:
+            node = self._nodes.get(number)
+            node.kept = True
+            self._nodes.register(node)
+            return node
+
+    def let_go(self, node: Node) -> None:
+        """The reverse of ``keep``."""
+        with self.lock:
+            node.kept = False
+            self._closed(node)
+
     def has_handles(self, number: int) -> bool:
         """Whether the node is open by a handle."""
         node = self._nodes.registered(number)

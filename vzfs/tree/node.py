@@ -64,6 +64,7 @@ class Node:
         "handles",
         "held",
         "ino",
+        "kept",
         "kind",
         "last",
         "lookups",
@@ -98,6 +99,7 @@ class Node:
         self.lookups = 0
         self.handles: list[Handle] | None = None
         self.held = 0  # opens that need no descriptor of ours
+        self.kept = False  # somebody has this object and counts in it
         self.children = 0  # registered nodes that have this one as their parent
         self.backing = 0  # inode number in the private area's file system, for OWN and DIRECTORY
         self.folded_children: int | None = None  # folded directories in this real one; None until counted

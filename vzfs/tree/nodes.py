@@ -611,7 +611,7 @@ class Nodes:
 
         Its descriptor, if it is a directory, may be borrowed just now and so is left to the cache's own order.
         """
-        if node.known or node.children or node is self.root:
+        if node.known or node.kept or node.children or node is self.root:
             return False
         if node.moved and not node.dead:
             return False
