@@ -69,6 +69,20 @@ def test_one_client_is_followed_where_it_goes() -> None:
 
 
 @two_cpus
+def test_a_client_that_the_scheduler_takes_away_each_time_is_left() -> None:
+    first, second = CPUS[:2]
+    begun = [(7, first)] * SAMPLES
+    assert placed(begun, [(7, second)], [(7, first)], [(7, second)]) == [{first}, {second}, {first}, set(CPUS)]
+
+
+@two_cpus
+def test_a_client_that_stays_now_and_then_is_not_left() -> None:
+    first, second = CPUS[:2]
+    moves = [(7, second), (7, second), (7, first), (7, first)]
+    assert placed([(7, first)] * SAMPLES, *([move] for move in moves * 3))[-1] == {first}
+
+
+@two_cpus
 def test_several_clients_are_left_to_the_scheduler() -> None:
     first, second = CPUS[:2]
     assert placed(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import select
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,29 +23,39 @@ _AGAIN = (errno.EINTR, errno.EAGAIN, errno.ENOENT)
 class Device:
     """One mount's device, by its descriptor, with a buffer for one request.
 
-    ``busy_poll_us``: how many microseconds to look for the next request again and again before sleeping.
+    ``receive()`` reads the next request into ``buffer`` and gives its length; see ``wait_awake`` for how it waits.
     """
 
-    def __init__(self, fd: int, max_write: int, busy_poll_us: int = 0) -> None:
+    def __init__(self, fd: int, max_write: int) -> None:
         self.fd = fd
         # The kernel wants room for the largest WRITE, its header and one page more; only touched pages cost memory.
         self.buffer = bytearray(max_write + 4096)
         self._read = partial(os.readv, fd, [self.buffer])
-        os.set_blocking(fd, not busy_poll_us)
-        self.receive: Callable[[], int] = self._poll if busy_poll_us else self._read
-        self._busy_poll_ns = busy_poll_us * 1000
-        self._poller = select.poll()
-        self._poller.register(fd, select.POLLIN)
+        self._awake_ns = 0
+        self.receive: Callable[[], int] = self._read
+        os.set_blocking(fd, True)
 
-    def _poll(self) -> int:
-        """Wait for a request, awake at first."""
-        end = time.perf_counter_ns() + self._busy_poll_ns
+    def wait_awake(self, microseconds: int) -> None:
+        """Look for a request again and again for so long before sleeping; 0: sleep at once."""
+        if microseconds * 1000 == self._awake_ns:
+            return
+        self._awake_ns = microseconds * 1000
+        os.set_blocking(self.fd, not microseconds)
+        self.receive = self._receive_awake if microseconds else self._read
+
+    def _receive_awake(self) -> int:
+        end = time.perf_counter_ns() + self._awake_ns
         while True:
             try:
                 return self._read()
             except BlockingIOError:
                 if time.perf_counter_ns() > end:
-                    self._poller.poll()
+                    break
+        os.set_blocking(self.fd, True)
+        try:
+            return self._read()
+        finally:
+            os.set_blocking(self.fd, False)
 
     def send(self, answer: bytes) -> None:
         """Write a whole answer or notification. That nobody waits for it any more is no error."""

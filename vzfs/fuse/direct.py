@@ -27,7 +27,7 @@ from vzfs.errors import UnsupportedError
 from vzfs.fuse import wire
 from vzfs.fuse.backing import BackingFiles
 from vzfs.fuse.device import Device, ended
-from vzfs.fuse.follow import EVERY, Follower
+from vzfs.fuse.follow import EVERY, Follower, Mode
 from vzfs.fuse.handlers import Answer, Handlers, RawHeader
 from vzfs.fuse.resent import Resent
 from vzfs.fuse.state import BACKING, ERRORS, LAST_DONE, PAUSES, REQUESTS, SLOW, State
@@ -40,6 +40,8 @@ MAX_WRITE = 1 << 20
 """Bytes in one WRITE or READ of a file that passthrough is refused for: the most that the kernel sends by default."""
 THREADS = 16
 """Requests that may wait for the disk at once."""
+AWAKE_US = 50
+"""For how long to look for the next request of a client on another CPU: about what waking this one would cost."""
 COLLECT_AFTER = 100_000
 """Objects made and not freed before cycles are looked for: hardly any arise, and to look takes ms with many nodes."""
 STACK_DEPTH = 1
@@ -116,7 +118,8 @@ class Engine:
         self._tree = tree
         self._words = state.words
         state.note(tree.counters)
-        self._device = Device(fd, state.max_write, busy_poll_us)
+        self._device = Device(fd, state.max_write)
+        self._busy_poll_us = busy_poll_us
         self._files = BackingFiles(self._device, tree, state.words[BACKING:])
         self._follower = Follower()
         self._workers = ThreadPoolExecutor(THREADS, "vzfs-worker", self._follower.leave)
@@ -166,9 +169,11 @@ class Engine:
 
     def _serve(self) -> None:
         device, words, follower = self._device, self._words, self._follower
-        receive, buffer, view, fd = device.receive, device.buffer, memoryview(device.buffer), device.fd
+        buffer, view, fd = device.buffer, memoryview(device.buffer), device.fd
         unpack, head, pack, tail = wire.IN_HEADER.unpack_from, wire.IN_HEADER.size, wire.OUT_HEADER.pack, 16
         answers, known, clock, write = self._answer, wire.OPCODES, time.perf_counter_ns, os.write
+        self._wait_as(follower.mode)
+        receive = device.receive
         served = 0
         while not self._ending:
             self._waiting = True
@@ -184,7 +189,7 @@ class Engine:
             header = unpack(buffer)
             opcode = header[1]
             try:
-                if opcode >= known or header[0] != length:
+                if opcode >= known or header[0] != length or length < head:
                     raise _unknown(header, length)
                 words[REQUESTS + opcode] += 1
                 answer = answers[opcode](header[3], view[head:length], header)
@@ -196,10 +201,13 @@ class Engine:
             words[PAUSES + (clock() - start).bit_length()] += 1
             served += 1
             if not served % EVERY and header[6]:
-                follower.look(header[6])
+                self._wait_as(follower.look(header[6]))
+                receive = device.receive
 
-    def _send(self, header: RawHeader, body: bytes | memoryview) -> None:
-        self._device.send(wire.reply(header[2], body))
+    def _wait_as(self, mode: Mode) -> None:
+        """Wait for requests as suits ``mode``: awake only where that doesn't keep the client from running."""
+        awake_us = self._busy_poll_us or (AWAKE_US if mode is Mode.APART else 0)
+        self._device.wait_awake(0 if mode is Mode.TOGETHER else awake_us)
 
     def _later(self, header: RawHeader | None, function: Callable[..., Answer], *arguments: object) -> None:
         """Let a worker do what takes long and answer with what it gives; without a header nobody waits for that."""
@@ -209,11 +217,10 @@ class Engine:
         start = time.perf_counter_ns()
         try:
             answer = function(*arguments)
+            if header is not None:
+                self._device.send(wire.reply(header[2], answer or b""))
         except Exception as error:  # noqa: BLE001
             self._fail(header, error, 0)
-        else:
-            if header is not None:
-                self._send(header, answer or b"")
         self._words[SLOW + (time.perf_counter_ns() - start).bit_length()] += 1
 
     def _fail(self, header: RawHeader | None, error: Exception, length: int) -> None:
@@ -228,7 +235,10 @@ class Engine:
             log.error("%s: %s", shown, error)
         self._words[ERRORS] += 1
         if header is not None and header[1] not in _UNANSWERED:
-            self._device.send(wire.failure(header[2], code))
+            try:
+                self._device.send(wire.failure(header[2], code))
+            except OSError:
+                log.exception("%s stays without an answer", shown)
 
 
 _UNANSWERED = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)

@@ -1,22 +1,37 @@
-"""Co-location: the serving thread runs on its client's CPU.
+"""Where the serving thread runs and how it waits, by where its client runs.
 
-Waking a sleeping thread on another CPU costs several times what the request itself costs, on virtual machines above
-all; on the client's own CPU it is a plain switch, and the client waits meanwhile anyway. Rule: while one client
-dominates, follow it; with several at once, let the scheduler decide.
+Waking a sleeping thread on another CPU costs several times what a request itself costs, on virtual machines above all;
+on the client's own CPU it is a plain switch, and the client waits meanwhile anyway. Rules:
+- While one client dominates, the thread follows it to its CPU: *together*.
+- Where the scheduler takes the client away to an idle CPU again and again, following is in vain; then the thread lets
+  itself be placed and, after a request, looks for the next one for a moment before it sleeps: *apart*.
+- With several clients on several CPUs it does neither: *free*.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
+import threading
 from collections import deque
 
 EVERY = 64
-"""Requests between two looks at who asks: the look costs 10 µs."""
+"""Requests between two looks at who asks: a look costs 10 to 20 µs."""
 SAMPLES = 3
 """How many looks in a row must find the same client, or clients on the same CPU: programs started one by one."""
+IN_VAIN = 3
+"""How many times in a row the client must have left the CPU that the thread followed it to."""
 _PROCESSOR = 39 - 3
 """Position of ``processor`` in /proc/PID/stat after the name in parentheses (proc(5) numbers it 39)."""
+
+
+class Mode(enum.Enum):
+    """How the serving thread lives with its clients."""
+
+    FREE = "free"
+    TOGETHER = "together"
+    APART = "apart"
 
 
 class Follower:
@@ -26,19 +41,41 @@ class Follower:
         self._anywhere = os.sched_getaffinity(0)
         self._seen: deque[tuple[int, int]] = deque(maxlen=SAMPLES)
         self._cpu = -1
+        self._lost = 0
+        self.mode = Mode.FREE
         self.moves = 0
 
-    def look(self, client: int) -> None:
-        """Take note that thread ``client`` asked, and move if nobody else did, or nobody elsewhere."""
+    def look(self, client: int) -> Mode:
+        """Take note that thread ``client`` asked, and give how to go on."""
         cpu = self._processor(client)
         self._seen.append((client, cpu))
         alone = len(self._seen) == SAMPLES and all(one == client or on == cpu for one, on in self._seen)
-        wanted = cpu if alone and cpu in self._anywhere else -1
-        if wanted == self._cpu:
+        if not alone or cpu not in self._anywhere or len(self._anywhere) < 2:
+            self._go(Mode.FREE)
+        elif self.mode is Mode.APART:
+            self._lost = max(0, self._lost - (cpu == self._processor(threading.get_native_id())))
+            if not self._lost:  # the scheduler has put both on one CPU: the others have work now
+                self._go(Mode.TOGETHER, cpu)
+        elif self.mode is Mode.TOGETHER and cpu != self._cpu:
+            self._lost += 1
+            if self._lost < IN_VAIN:
+                self._go(Mode.TOGETHER, cpu)
+            else:
+                self._go(Mode.APART)
+        else:
+            self._lost = 0
+            self._go(Mode.TOGETHER, cpu)
+        return self.mode
+
+    def _go(self, mode: Mode, cpu: int = -1) -> None:
+        self.mode = mode
+        if mode is Mode.FREE:
+            self._lost = 0
+        if cpu == self._cpu:
             return
         with contextlib.suppress(OSError):  # a CPU taken away from us: stay
-            os.sched_setaffinity(0, {wanted} if wanted >= 0 else self._anywhere)
-            self._cpu = wanted
+            os.sched_setaffinity(0, {cpu} if cpu >= 0 else self._anywhere)
+            self._cpu = cpu
             self.moves += 1
 
     def leave(self) -> None:
@@ -46,10 +83,10 @@ class Follower:
         os.sched_setaffinity(0, self._anywhere)
 
     @staticmethod
-    def _processor(client: int) -> int:
-        """On which CPU the client runs, or -1 if that can't be seen (it ended, or is in another PID namespace)."""
+    def _processor(thread: int) -> int:
+        """On which CPU a thread runs, or -1 if that can't be seen (it ended, or is in another PID namespace)."""
         try:
-            fd = os.open(f"/proc/{client}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/{thread}/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return -1
         try:

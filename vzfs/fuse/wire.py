@@ -2,8 +2,8 @@
 
 Source: uapi/linux/fuse.h, protocol 7.45 (Linux 6.18). Rules:
 - Every struct that crosses the device is defined here and nowhere else.
-- Whatever bytes come in, a decoder returns values or raises ``Malformed``; names it returns are single components
-  without NUL.
+- Whatever bytes come in, a decoder returns values or raises ``Malformed``; names it returns are not empty and
+  without NUL, which the tree looks at more closely.
 - Encoders trust their arguments: they are ours.
 """
 

@@ -203,7 +203,10 @@ class Files(Core):
         if flags & (sys.FS_IMMUTABLE_FL | sys.FS_APPEND_FL):
             raise OSError(errno.EOPNOTSUPP, "no immutable or append-only files here")
         with self.lock:
-            directory = self._nodes.get(number).is_directory
+            node = self._nodes.get(number)
+            directory = node.is_directory
+            if self._keeps_readers and node.is_open and node.kind in (Kind.TEMPLATE, Kind.RECORD):
+                raise OSError(errno.EOPNOTSUPP, "who asks has the template's file open, which would not be the copy")
         if directory:
             self._own_directory(number)
         else:

@@ -23,13 +23,16 @@ Binary, so that it fits into an inode of 256 bytes beside ``trusted.vzfs.origin`
 own.
 """
 _NOTE = struct.Struct("<q")
+_NOTABLE = 1 << 63
+"""Times beyond, after the year 2262, are set back as well, but not by who comes after a crash."""
 
 
 @contextlib.contextmanager
 def unchanged_times(path: bytes) -> Iterator[None]:
     """Keep the times of the directory at ``path`` for a ``with`` block, also if the process dies in it."""
     info = os.lstat(path)
-    os.setxattr(path, TIMES_XATTR, _NOTE.pack(info.st_mtime_ns), follow_symlinks=False)
+    if abs(info.st_mtime_ns) < _NOTABLE:
+        os.setxattr(path, TIMES_XATTR, _NOTE.pack(info.st_mtime_ns), follow_symlinks=False)
     try:
         yield
     finally:
@@ -51,4 +54,5 @@ def restore_times(path: bytes) -> None:
 
 def _set_back(path: bytes, atime_ns: int, mtime_ns: int) -> None:
     os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=False)
-    os.removexattr(path, TIMES_XATTR, follow_symlinks=False)
+    if abs(mtime_ns) < _NOTABLE:
+        os.removexattr(path, TIMES_XATTR, follow_symlinks=False)
