@@ -257,22 +257,24 @@ class Files(Core):
         )
 
     def _set_own(self, node: Node, changes: Changes, handle: Handle | None) -> None:
-        path = self._nodes.path(node)
-        info = os.lstat(path)
         if changes.size is not None:
             self._truncate(node, changes.size, handle)
+        folder, name = self._nodes.place_of(node)
         if changes.uid is not None or changes.gid is not None:
             uid, gid = (-1 if changes.uid is None else changes.uid), (-1 if changes.gid is None else changes.gid)
-            os.chown(path, uid, gid, follow_symlinks=False)
+            os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False)
         if changes.mode is not None:
-            if stat.S_ISLNK(info.st_mode):  # chmod(2) here would follow it; kernels before 6.6 do ask for this
+            # chmod(2) would follow a symbolic link; kernels before 6.6 do ask for this
+            if not node.is_directory and stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode):
                 raise OSError(errno.EOPNOTSUPP, "a symbolic link has no mode")
-            os.chmod(path, changes.mode & 0o7777)
-        if changes.atime_ns is not None or changes.mtime_ns is not None:
-            info = os.lstat(path)
-            atime_ns = info.st_atime_ns if changes.atime_ns is None else changes.atime_ns
-            mtime_ns = info.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns
-            os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=False)
+            os.chmod(name, changes.mode & 0o7777, dir_fd=folder)
+        atime_ns, mtime_ns = changes.atime_ns, changes.mtime_ns
+        if atime_ns is not None or mtime_ns is not None:
+            if atime_ns is None or mtime_ns is None:
+                info = os.lstat(name, dir_fd=folder)
+                atime_ns = info.st_atime_ns if atime_ns is None else atime_ns
+                mtime_ns = info.st_mtime_ns if mtime_ns is None else mtime_ns
+            os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=folder, follow_symlinks=False)
 
     def _truncate(self, node: Node, size: int, handle: Handle | None) -> None:
         if handle is not None and handle.flags & os.O_ACCMODE != os.O_RDONLY and handle.node is node:

@@ -682,11 +682,15 @@ class Nodes:
             return self.area.root_fd, b"."
         return self.directory_fd(self.parent(node)), node_name(node)
 
+    def place_of(self, node: Node) -> tuple[int, bytes]:
+        """Directory descriptor and name by which what stores the node can be changed."""
+        if node.kind is Kind.DIRECTORY and not node.orphan:
+            return self.living_directory_fd(node), b"."
+        return self.location(node)
+
     def path(self, node: Node) -> bytes:
         """A path to what stores the node, for the calls that need one."""
-        if node.kind is Kind.DIRECTORY and not node.orphan:
-            return sys.entry_path(self.living_directory_fd(node), b".")
-        return sys.entry_path(*self.location(node))
+        return sys.entry_path(*self.place_of(node))
 
     def living_directory_fd(self, node: Node) -> int:
         """Like ``directory_fd``, raising ``ESTALE`` for a removed directory."""
