@@ -423,8 +423,18 @@ async def _serve_until_signal(ready: Callable[[], None]) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             nursery.start_soon(_end_on_signal, signals)
             ready()
-            await pyfuse3.main()
+            await _serve_until_unmounted()
             nursery.cancel_scope.cancel()
+
+
+async def _serve_until_unmounted() -> None:
+    try:
+        await pyfuse3.main()
+    except* OSError as failed:
+        # A request that was just being read when the mount ended (fuse_dev_do_read in fs/fuse/dev.c): an end as any.
+        others = failed.split(lambda error: isinstance(error, OSError) and error.errno == errno.ECONNABORTED)[1]
+        if others is not None:
+            raise others from None
 
 
 async def _end_on_signal(signals: AsyncIterator[int]) -> None:
