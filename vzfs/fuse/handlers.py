@@ -143,11 +143,13 @@ class Handlers:
         self._words[_STORE] += 1
         kill = bool(valid & wire.FATTR_KILL_SUIDGID)
         known = handle if valid & wire.FATTR_FH and handle else None
+        if changes.size is None:
+            if self._tree.slow_to_change(node):
+                return self._later(header, self._set_attributes, node, changes, known, kill)
+            return self._set_attributes(node, changes, known, kill)
         if self._tree.slow_to_own(node, size=changes.size):
             return self._later(header, self._by_name, self._set_attributes, node, header[PID], changes, known, kill)
-        if changes.size is not None:
-            return self._by_name(self._set_attributes, node, header[PID], changes, known, kill)
-        return self._set_attributes(node, changes, known, kill)
+        return self._by_name(self._set_attributes, node, header[PID], changes, known, kill)
 
     def _set_attributes(self, node: int, changes: Changes, handle: int | None, kill: bool) -> bytes:
         attributes = self._tree.setattr(node, changes, handle)

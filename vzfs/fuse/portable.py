@@ -174,7 +174,8 @@ class Engine(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        if self._tree.slow_to_own(inode, size=changes.size):
+        size = changes.size
+        if self._tree.slow_to_change(inode) if size is None else self._tree.slow_to_own(inode, size=size):
             return _attributes_out(await self._in_thread(self._tree.setattr, inode, changes, fh))
         return _attributes_out(self._tree.setattr(inode, changes, fh))
 

@@ -300,6 +300,19 @@ class Core:
                 return min(content, content if size is None else size) > self._slow_copy or self._parent_is_slow(node)
             return template.index.child_count[node.entry] > self._slow_unfold or self._parent_is_slow(node)
 
+    def slow_to_change(self, number: int) -> bool:
+        """Whether changing attributes of the node is long work: mostly it copies no data, however large the file is."""
+        if self._is_own(number):
+            return False
+        with self.lock:
+            node = self._nodes.get(number)
+            if node.kind in (Kind.TEMPLATE, Kind.RECORD) and number not in self._busy and not node.dead:
+                assert node.template is not None
+                recorded = stat.S_ISREG(node.template.index.mode(node.entry))
+                if recorded and not any(name in sys.ACL_XATTRS for name in self._owner.xattrs(node)):
+                    return self._slow_copy == _NOTHING_IS_QUICK or self._parent_is_slow(node)
+        return self.slow_to_own(number)
+
     def _is_own(self, number: int) -> bool:
         """Whether the node is known to be the container's own; a quick answer, which never turns from yes to no."""
         node = self._nodes.registered(number)
