@@ -247,8 +247,8 @@ class FuseOverlayfs(FuseProgram):
     name = "fuse-overlayfs"
     title = "fuse-overlayfs"
     program = package = "fuse-overlayfs"
-    command = "fuse-overlayfs -o lowerdir=TEMPLATE,upperdir=UPPER,workdir=WORK ROOT"
-    arguments = ("-f", "-o", "lowerdir={lower},upperdir={upper},workdir={work}", "{root}")
+    command = "fuse-overlayfs -o lowerdir=TEMPLATE,upperdir=UPPER,workdir=WORK,suid,dev ROOT"
+    arguments = ("-f", "-o", "lowerdir={lower},upperdir={upper},workdir={work},suid,dev", "{root}")
 
 
 class UnionfsFuse(FuseProgram):
