@@ -123,7 +123,8 @@ def read_holder(container: Path) -> Holder | None:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
         with contextlib.suppress(ValueError, TypeError):
-            return Holder(**json.loads(os.pread(fd, 65536, 0)))
+            # The first line only: behind a shorter one that was just written lies the rest of a longer one.
+            return Holder(**json.loads(os.pread(fd, 65536, 0).partition(b"\n")[0]))
         return Holder(0, "holds", 0.0)
     finally:
         os.close(fd)
