@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.engines import DEFAULT, ENGINES, PATIENCE_S, EngineStore
-from vzfs import Container
+from vzfs import Container, Statistics
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("VZFS_TEST_CACHE", "/var/tmp/vzfs-test-cache"))
@@ -65,6 +65,21 @@ def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None
     while not condition():
         assert time.monotonic() < deadline, f"still not after {seconds} s"
         time.sleep(0.01)
+
+
+def settled(container: Container) -> Statistics:
+    """A snapshot after which nothing more comes by itself: a RELEASE follows later than its close."""
+    now = container.stats()
+    while True:
+        time.sleep(0.05)
+        now, before = container.stats(), now
+        if asked(now) == asked(before):
+            return now
+
+
+def asked(counted: Statistics) -> dict[str, int]:
+    """The requests but for those that come when the kernel likes."""
+    return {name: count for name, count in counted.requests.items() if "FORGET" not in name}
 
 
 def expect(code: int, call: Callable[..., object], *arguments: object, **options: object) -> None:

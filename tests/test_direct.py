@@ -25,8 +25,7 @@ import pytest
 from tests.behaviours.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate, link_descriptor
 from tests.conftest import ACL, LARGE_SIZE, SMALL, SPARSE_SIZE, make_source
 from tests.engines import EngineContainer, EngineStore
-from tests.realuse_helpers import alive, environment, expect, in_child, loop_mounted, run, wait_for
-from vzfs import Statistics
+from tests.realuse_helpers import alive, asked, environment, expect, in_child, loop_mounted, run, settled, wait_for
 from vzfs.fuse.backing import REGISTERED
 from vzfs.store import sys as calls
 from vzfs.store.lock import read_holder
@@ -68,20 +67,6 @@ def root(container: EngineContainer) -> Iterator[Path]:
 
 
 # ------------------------------------------------------------------------------------------------------- counting
-
-
-def asked(counted: Statistics) -> dict[str, int]:
-    return {name: count for name, count in counted.requests.items() if "FORGET" not in name}
-
-
-def settled(container: EngineContainer) -> Statistics:
-    """A snapshot after which nothing more comes by itself: a RELEASE follows later than its close."""
-    now = container.stats()
-    while True:
-        time.sleep(0.05)
-        now, before = container.stats(), now
-        if asked(now) == asked(before):
-            return now
 
 
 @contextlib.contextmanager

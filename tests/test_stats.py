@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import LARGE_SIZE, SMALL, make_source
 from tests.engines import ENGINES, PATIENCE_S, EngineContainer, EngineStore
-from tests.realuse_helpers import environment, expect, vzfs, wait_for
+from tests.realuse_helpers import asked, environment, expect, settled, vzfs, wait_for
 from vzfs import NotFoundError, NotMountedError, Statistics, UnsupportedError, UsageError
 from vzfs.api import MAX_BUSY_POLL_US
 from vzfs.fuse.state import (
@@ -216,21 +216,6 @@ def counting(container: EngineContainer) -> Iterator[Callable[[str], int]]:
     """Within the block: how often a request came since its beginning."""
     before = settled(container).requests
     yield lambda name: settled(container).requests.get(name, 0) - before.get(name, 0)
-
-
-def settled(container: EngineContainer) -> Statistics:
-    """A snapshot after which nothing more comes by itself: a RELEASE follows later than its close."""
-    now = container.stats()
-    while True:
-        time.sleep(0.05)
-        now, before = container.stats(), now
-        if asked(now) == asked(before):
-            return now
-
-
-def asked(counted: Statistics) -> dict[str, int]:
-    """The requests but for those that come when the kernel likes."""
-    return {name: count for name, count in counted.requests.items() if "FORGET" not in name}
 
 
 def test_requests_are_counted_by_name(container: EngineContainer) -> None:

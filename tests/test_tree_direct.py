@@ -73,6 +73,21 @@ def opening(container: Container) -> Iterator[Opening]:
 _died: list[Tree] = []
 
 
+def hold(tree: Tree, number: int) -> None:
+    """Open the node as an engine with passthrough does: by a count of its own."""
+    with tree.lock:
+        tree.keep(number).held += 1
+
+
+def unhold(tree: Tree, number: int) -> None:
+    """Close it again; with the last one the engine has no use for it any more."""
+    with tree.lock:
+        node = tree.keep(number)
+        node.held -= 1
+        if not node.held:
+            tree.let_go(node)
+
+
 def die(tree: Tree) -> None:
     """End a tree as a kill does: nothing is cleared away."""
     _died.append(tree)
@@ -215,9 +230,9 @@ def test_names_too_long_are_left_to_the_tree(tree: Tree) -> None:
 def test_ready_lookups_count_for_registered_nodes(tree: Tree, container: Container) -> None:
     """What was found by a ready-made answer while it was open is kept as an orphan when it loses its name."""
     d, number = number_of(tree, "d"), number_of(tree, "d/f")
-    tree.hold(number)
+    hold(tree, number)
     assert tree.ready_lookup(d, b"f") is not None
-    tree.unhold(number)
+    unhold(tree, number)
     write(tree, number)
     tree.unlink(d, b"f")
     assert read(tree, number) == NEW
@@ -326,11 +341,11 @@ def test_an_open_template_file_is_answered_also_in_a_real_directory(tree: Tree) 
     assert tree.ready_attributes(number) is not None
     tree.forget(number, 1)
     assert tree.ready_attributes(number) is None
-    tree.hold(number)
+    hold(tree, number)
     assert tree.ready_attributes(number) is not None
     write_refused(tree, number)
     assert tree.ready_attributes(number) is None
-    tree.unhold(number)
+    unhold(tree, number)
 
 
 def write_refused(tree: Tree, number: int) -> int:
@@ -501,21 +516,21 @@ def test_data_of_tells_whose_it_is(tree: Tree) -> None:
 
 def test_a_held_reader_keeps_the_template(tree: Tree) -> None:
     number = number_of(tree, "f")
-    tree.hold(number)
+    hold(tree, number)
     copy = write_refused(tree, number)
     assert copy != number
     write(tree, copy)
     assert read(tree, number) == OLD
     assert read(tree, copy) == NEW
-    tree.unhold(number)
+    unhold(tree, number)
     tree.forget(number, 1)
     assert tree.lookup(ROOT_NUMBER, b"f") == (copy, 0, tree.getattr(copy))
 
 
 def test_without_a_holder_nothing_is_split(tree: Tree) -> None:
     number = number_of(tree, "f")
-    tree.hold(number)
-    tree.unhold(number)
+    hold(tree, number)
+    unhold(tree, number)
     write(tree, number)
     assert number_of(tree, "f") == number
 
@@ -523,13 +538,13 @@ def test_without_a_holder_nothing_is_split(tree: Tree) -> None:
 def test_an_unlinked_held_file_stays_until_it_is_closed(tree: Tree, container: Container) -> None:
     number = number_of(tree, "f")
     write(tree, number)
-    tree.hold(number)
+    hold(tree, number)
     tree.unlink(ROOT_NUMBER, b"f")
     tree.free(number)
     tree.forget(number, 1)
     assert orphans(container) == [str(number)]
     assert read(tree, number) == NEW + OLD[len(NEW) :]
-    tree.unhold(number)
+    unhold(tree, number)
     assert orphans(container) == []
 
 
@@ -624,9 +639,9 @@ def test_a_split_copy_keeps_its_number(opening: Opening, container: Container, n
     tree = opening()
     number = number_of(tree, name)
     ino = find(tree, name).attributes.ino
-    tree.hold(number)
+    hold(tree, number)
     copy = write_refused(tree, number)
-    tree.unhold(number)
+    unhold(tree, number)
     for resume in (False, True):
         die(tree)
         tree = opening(resume=resume)
@@ -645,7 +660,7 @@ def test_an_engine_whose_readers_share_gives_a_split_copy_its_inode_number(
 ) -> None:
     tree = opening()
     number = number_of(tree, "f")
-    tree.hold(number)
+    hold(tree, number)
     assert write_refused(tree, number) != number
     die(tree)
     shared = Tree(container.store.layout, container.path)
@@ -656,7 +671,7 @@ def test_an_engine_whose_readers_share_gives_a_split_copy_its_inode_number(
 def test_check_knows_the_mark_of_a_split_copy(container: Container) -> None:
     tree = Tree(container.store.layout, container.path, readers=Readers.KEEP)
     number = number_of(tree, "f")
-    tree.hold(number)
+    hold(tree, number)
     write_refused(tree, number)
     tree.mknod(ROOT_NUMBER, b"own", stat.S_IFREG | 0o600, 0, ROOT)
     tree.close()
@@ -705,7 +720,7 @@ def busy(tree: Tree) -> dict[str, int]:
     tree.setattr(numbers["chmod"], Changes(mode=0o604))
     numbers["unlinked"] = tree.mknod(ROOT_NUMBER, b"unlinked", stat.S_IFREG | 0o600, 0, ROOT).number
     write(tree, numbers["unlinked"])
-    tree.hold(numbers["unlinked"])
+    hold(tree, numbers["unlinked"])
     tree.unlink(ROOT_NUMBER, b"unlinked")
     return numbers
 
@@ -758,9 +773,9 @@ def test_a_successor_follows_what_moves_when_it_is_not_looked_up(opening: Openin
     write(tree, own)
     die(tree)
     tree = opening(resume=True)
-    tree.hold(own)
+    hold(tree, own)
     tree.rename(folder, b"own", ROOT_NUMBER, b"moved")
-    tree.unhold(own)
+    unhold(tree, own)
     list(listed(tree, ROOT_NUMBER))
     assert read(tree, own) == NEW
     assert number_of(tree, "moved") == own
@@ -808,7 +823,7 @@ def test_a_number_of_a_dead_node_is_not_given_to_another(opening: Opening) -> No
 def test_a_reader_of_a_split_file_reads_on_with_the_successor(opening: Opening) -> None:
     tree = opening()
     number = number_of(tree, "f")
-    tree.hold(number)
+    hold(tree, number)
     copy = write_refused(tree, number)
     write(tree, copy)
     die(tree)

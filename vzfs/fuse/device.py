@@ -14,6 +14,8 @@ from functools import partial
 
 from vzfs.fuse import wire
 
+MAX_WRITE = 1 << 20
+"""Bytes in one WRITE or READ of a file that passthrough is refused for: the most that the kernel sends by default."""
 _GONE = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN)
 """The mount ended: by umount, or aborted."""
 _AGAIN = (errno.EINTR, errno.EAGAIN, errno.ENOENT)

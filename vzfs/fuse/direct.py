@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from vzfs.errors import UnsupportedError
 from vzfs.fuse import wire
 from vzfs.fuse.backing import BackingFiles
-from vzfs.fuse.device import Device, ended
+from vzfs.fuse.device import MAX_WRITE, Device, ended
 from vzfs.fuse.follow import EVERY, Follower, Mode
 from vzfs.fuse.handlers import Answer, Handlers, RawHeader
 from vzfs.fuse.resent import Resent
@@ -36,8 +36,6 @@ from vzfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
-MAX_WRITE = 1 << 20
-"""Bytes in one WRITE or READ of a file that passthrough is refused for: the most that the kernel sends by default."""
 THREADS = 16
 """Requests that may wait for the disk at once."""
 AWAKE_US = 50
@@ -170,7 +168,8 @@ class Engine:
     def _serve(self) -> None:
         device, words, follower = self._device, self._words, self._follower
         buffer, view, fd = device.buffer, memoryview(device.buffer), device.fd
-        unpack, head, pack, tail = wire.IN_HEADER.unpack_from, wire.IN_HEADER.size, wire.OUT_HEADER.pack, 16
+        unpack, head = wire.IN_HEADER.unpack_from, wire.IN_HEADER.size
+        pack, tail = wire.OUT_HEADER.pack, wire.OUT_HEADER.size
         answers, known, clock, write = self._answer, wire.OPCODES, time.perf_counter_ns, os.write
         self._wait_as(follower.mode)
         receive = device.receive

@@ -23,6 +23,7 @@ from typing import TypeAlias
 from vzfs.fuse import wire
 from vzfs.fuse.backing import BackingFiles
 from vzfs.fuse.client import CAP_FSETID, CAP_SYS_ADMIN, has_capability
+from vzfs.fuse.device import MAX_WRITE
 from vzfs.fuse.state import ANSWERED
 from vzfs.fuse.wire import Opcode
 from vzfs.store import sys
@@ -35,13 +36,11 @@ Answer: TypeAlias = bytes | memoryview | None
 Handler: TypeAlias = Callable[[int, memoryview, RawHeader], Answer]
 Later: TypeAlias = Callable[..., Answer]
 
-UNIQUE, NODE, UID, GID, PID = 2, 3, 4, 5, 6
+UNIQUE, UID, GID, PID = 2, 4, 5, 6
 """Positions in a header."""
 SMALL_WRITE = 128 << 10
 """Bytes up to which a write into the page cache is done at once: tens of microseconds."""
 SMALL_COPY = 128 << 10
-LARGEST_READ = 1 << 20
-"""Bytes that one READ asks for at most; the largest WRITE that is agreed upon bounds it, too."""
 _RWF_NOWAIT = 8  # <linux/fs.h>: fail with EAGAIN instead of waiting for the disk
 _MODE = 0o177777
 _FLAGS = 0x7FFFFFFF  # of open(2), an int
@@ -397,7 +396,7 @@ class Handlers:
 
     def _read(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         handle, offset, size, *_ = wire.fields(wire.READ_IN, body)
-        if size > LARGEST_READ:
+        if size > MAX_WRITE:
             raise wire.Malformed(f"{size} bytes are more than the kernel takes at once")
         self._words[_STORE] += 1
         with self._descriptor(node, handle, os.O_RDONLY) as fd:

@@ -56,9 +56,9 @@ class Order:
     state: int = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Served:
-    """A mount: its device, what is shared about it, where it is, and the engine that it was begun with."""
+    """A mount: its device (-1 after its end), what is shared about it, where it is, and the engine it began with."""
 
     fd: int
     state: State
@@ -67,10 +67,12 @@ class Served:
     engine: str
 
     def end(self) -> None:
-        """Take it away, in use or not."""
+        """Take it away, in use or not, unless that was done."""
+        if self.fd < 0:
+            return
         detach(self.mountpoint, self.device)
-        with contextlib.suppress(OSError):  # closed by libfuse
-            os.close(self.fd)
+        os.close(self.fd)
+        self.fd = -1
 
 
 def serve(order: Order, report_fd: int = -1) -> None:
@@ -95,15 +97,13 @@ def serve(order: Order, report_fd: int = -1) -> None:
         served = _adopt(order, mountpoint) if resumed else _mount(order, container, mountpoint)
         ending.callback(log.info, "unmounted %s", mountpoint)
         ending.callback(served.end)
-        lock.describe(replace(holder, engine=served.engine, device=served.device, state=served.state.fd))
+        holder = replace(holder, engine=served.engine, device=served.device, state=served.state.fd)
+        lock.describe(holder)
         run = _run_direct if served.engine == "direct" else _run_portable
         remember_user(layout, template, container)
 
         def ready() -> None:
-            described = replace(
-                holder, doing="serves", engine=served.engine, device=served.device, state=served.state.fd
-            )
-            lock.describe(described)
+            lock.describe(replace(holder, doing="serves"))
             log.info("serving %s at %s, engine %s", container, mountpoint, served.engine)
             report(report_fd, {})
 
@@ -182,7 +182,7 @@ def _run_portable(order: Order, layout: Layout, served: Served, ready: Callable[
 
     tree = _open_tree(order, layout, readers=Readers.SHARE)
     try:
-        serve_mount(tree, served.state, served.fd, ready, lambda: detach(served.mountpoint, served.device))
+        serve_mount(tree, served.state, os.dup(served.fd), ready, served.end)  # libfuse closes what it serves
     finally:
         tree.close()
 

@@ -29,6 +29,8 @@ from vzfs.store.layout import COW, LINKS, ORIGIN_XATTR, PRIVATE_AREA, Layout
 from vzfs.store.opened import OpenTemplate
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
+_ENTRY_DIGITS = 10
+"""Decimal digits of the largest entry number, 2**32 - 1."""
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP)
 """Errors of a directory that another process removed or replaced while it was being read."""
 
@@ -124,7 +126,7 @@ def identify(templates: Templates, dir_fd: int, name: bytes) -> Thing:
     origin = read_xattr(sys.entry_path(dir_fd, name), ORIGIN_XATTR)
     if origin is None:
         return Thing(form, info)
-    template, entry = _parse_origin(templates, origin)
+    template, entry = _find_origin(templates, origin)
     if template is None or template.index.is_directory(entry) != (form is Form.DIRECTORY):
         return Thing(form, info, origin=origin)
     return Thing(form, info, template, entry, origin=origin)
@@ -143,15 +145,21 @@ def _identify_link(templates: Templates, info: os.stat_result, text: bytes) -> T
     return Thing(Form.LINK, info, template, entry, text)
 
 
-def _parse_origin(templates: Templates, data: bytes) -> tuple[OpenTemplate | None, int]:
+def _find_origin(templates: Templates, data: bytes) -> tuple[OpenTemplate | None, int]:
+    origin = parse_origin(data)
+    template = templates.get(origin[0]) if origin else None
+    if origin is None or template is None or origin[1] >= template.index.count:
+        return None, 0
+    return template, origin[1]
+
+
+def parse_origin(data: bytes) -> tuple[str, int] | None:
+    """Template name and entry number that a ``trusted.vzfs.origin`` says; the template's root is never one."""
     name, _, entry_text = data.decode("ascii", "replace").partition("/")
-    if not magic.valid_template_name(name) or not entry_text.isdecimal() or len(entry_text) > 10:
-        return None, 0
-    template = templates.get(name)
+    if not magic.valid_template_name(name) or not entry_text.isdecimal() or len(entry_text) > _ENTRY_DIGITS:
+        return None
     entry = int(entry_text)
-    if template is None or not 0 < entry < template.index.count:
-        return None, 0
-    return template, entry
+    return (name, entry) if entry else None
 
 
 def read_xattr(path: bytes, name: str) -> bytes | None:

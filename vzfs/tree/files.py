@@ -74,21 +74,6 @@ class Files(Core):
                 raise OSError(errno.EINVAL, "not a regular file")
             return node.template.open_file(node.entry), False
 
-    def hold(self, number: int) -> None:
-        """The node is open somewhere without a handle here, as passthrough files are: keep it until ``unhold``."""
-        with self.lock:
-            node = self._nodes.get(number)
-            node.held += 1
-            self._nodes.register(node)
-
-    def unhold(self, number: int) -> None:
-        """The reverse of ``hold``."""
-        with self.lock:
-            node = self._nodes.registered(number)
-            if node is not None and node.held:
-                node.held -= 1
-                self._closed(node)
-
     def keep(self, number: int) -> Node:
         """Keep the node until ``let_go``, for who counts in its ``held``, under the lock, how often it is open."""
         with self.lock:

@@ -27,6 +27,7 @@ from vzfs.store.layout import FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR
 from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_record
+from vzfs.store.survey import parse_origin, read_xattr
 from vzfs.tree.area import PrivateArea, list_names, node_name
 from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node, private_number
 from vzfs.tree.resume import Places, scan
@@ -110,16 +111,15 @@ class Nodes:
                 return template
         return None
 
-    def _parse_origin(self, data: bytes) -> tuple[OpenTemplate, int] | None:
-        name, _, entry_text = data.decode("ascii", "replace").partition("/")
-        if not magic.valid_template_name(name) or not entry_text.isdecimal():
+    def _find_origin(self, data: bytes) -> tuple[OpenTemplate, int] | None:
+        origin = parse_origin(data)
+        if origin is None:
             return None
         try:
-            template = self.template(name)
+            template = self.template(origin[0])
         except OSError:
             return None  # what was copied is the container's own also where the original is missing
-        entry = int(entry_text)
-        return (template, entry) if entry < template.index.count else None
+        return (template, origin[1]) if origin[1] < template.index.count else None
 
     def add_group(self, template: OpenTemplate, entry: int) -> None:
         """Say that the link group of ``entry`` has a record now."""
@@ -468,9 +468,9 @@ class Nodes:
 
     def read_origin(self, path: bytes) -> tuple[tuple[OpenTemplate, int] | None, bool]:
         """What the object at ``path`` was copied from, and whether its readers kept the number, see ``split``."""
-        data = _xattr(path, ORIGIN_XATTR)
-        origin = None if data is None else self._parse_origin(data)
-        return origin, origin is not None and self._heed_splits and _xattr(path, SPLIT_XATTR) is not None
+        data = read_xattr(path, ORIGIN_XATTR)
+        origin = None if data is None else self._find_origin(data)
+        return origin, origin is not None and self._heed_splits and read_xattr(path, SPLIT_XATTR) is not None
 
     def new_own(self, kind: Kind, backing: int) -> Node:
         """A node for an object of the private area that came from no template, not yet registered."""
@@ -794,15 +794,6 @@ class Nodes:
 
 def _nobody(number: int) -> None:
     """Nobody wants to know that the node's data is elsewhere."""
-
-
-def _xattr(path: bytes, name: str) -> bytes | None:
-    try:
-        return os.getxattr(path, name, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return None
-        raise
 
 
 def check_name(name: bytes) -> None:
