@@ -1,7 +1,8 @@
 """Measure: systems in turns, a fresh mount for each, caches made and checked, answers compared.
 
 Rule: whatever a workload or a system does, the next one finds the machine as if it had not been: mounts are taken away,
-folders removed, ext4's copy restored, and a failure becomes a ``Problem`` in the results.
+folders removed, ext4's copy restored, and a failure becomes a ``Problem`` in the results. An interruption is none: it
+waits while something is mounted or taken away, and then ends the run.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from benchmarks import caches
 from benchmarks.conditions import Spinners, condition, last_cpu
 from benchmarks.plan import Cell, Plan
 from benchmarks.results import Evidence, Figure, Latency, Problem, Sample
+from benchmarks.supervise import raise_again, uninterrupted
 from benchmarks.systems import Ground, Mount, System
 from benchmarks.template import make_shape, make_template
 from benchmarks.workload import Cache, Condition, Facts, Outcome, Place, Skip, Step, Workload
 from vzfs.errors import VzfsError
+from vzfs.fuse.mount import mount_table
 
 TEMPLATE = "bench"
 STEP_TIMEOUT_S = 300.0
@@ -111,7 +114,10 @@ class Runner:
             self._say(f"setting up {system.name}")
             try:
                 system.set_up(ground)
+                with uninterrupted():
+                    system.try_out(ground)
             except (VzfsError, OSError) as error:
+                raise_again()
                 self.findings.missing[system.name] = str(error)
             else:
                 ready.append(system)
@@ -127,9 +133,10 @@ class Runner:
             for system in able:
                 self._problem("skipped", cell, system, 0, "", "the template has no programs (sh, perl, dpkg)")
             return
-        with condition(cell.condition) as spinners:
+        with uninterrupted() as interruptible, condition(cell.condition) as spinners, interruptible():
             for turn in range(0 if self.plan.profile else 1, self.plan.rounds + 1):
                 for system in able:
+                    raise_again()
                     name = f"{workload.name}, {cell.condition}, {cell.clients} clients, round {turn}"
                     self._advance(name, system.name)
                     if (workload.name, system.name) not in self._broken:
@@ -142,7 +149,7 @@ class Runner:
         workload = cell.workload()
         step: Step | None = None
         try:
-            with ExitStack() as stack:
+            with uninterrupted() as interruptible, ExitStack() as stack:
                 folder.mkdir()
                 stack.callback(_remove, folder)
                 if workload.writes:
@@ -151,8 +158,10 @@ class Runner:
                 another = functools.partial(self._mount, stack, cell, ground, facts, system, turn, folder, mounts)
                 place = another()
                 with _watchdog(mounts):
-                    workload.prepare(place)
-                    with self._probe(cell, system, place) if turn == PROFILE_ROUND else contextlib.nullcontext():
+                    with interruptible():
+                        workload.prepare(place)
+                    probe = self._probe(cell, system, place) if turn == PROFILE_ROUND else contextlib.nullcontext()
+                    with probe, interruptible():
                         for step in workload.steps:
                             if step.cache is Cache.ALL and cell.clients > 1:
                                 continue
@@ -160,6 +169,7 @@ class Runner:
         except Skip as skip:
             self._problem("skipped", cell, system, turn, "", str(skip))
         except Exception as error:  # noqa: BLE001  whatever a system does wrong is a result
+            raise_again()
             self._broken.add((workload.name, system.name))
             text = f"{type(error).__name__}: {error}"[:LONG]
             self._problem("failed", cell, system, turn, step.name if step else "", text)
@@ -179,8 +189,10 @@ class Runner:
         own = folder / f"mount{len(mounts)}"
         scratch = own / "scratch"
         scratch.mkdir(parents=True)
-        mount = system.mount(ground, own)
-        stack.callback(system.unmount, mount)
+        system.furnish(ground, own)
+        with uninterrupted():
+            mount = system.mount(ground, own)
+            stack.callback(system.unmount, mount)
         mounts.append(mount)
         return Place(
             system=system.name,
@@ -321,5 +333,8 @@ def _watchdog(mounts: Sequence[Mount]) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder in which nothing is mounted any more (a work directory of overlayfs may be mode 0)."""
+    """Remove a folder, unless something is mounted there still: that may be the template or ext4's copy."""
+    left = [entry.mountpoint for entry in mount_table() if entry.mountpoint.startswith(f"{folder}/")]
+    if left:
+        raise OSError(f"still mounted: {', '.join(left)}")
     shutil.rmtree(folder)

@@ -6,6 +6,9 @@ crashed), the supervisor kills every process left in that namespace, upon which 
 removes the folder. If the supervisor is killed, the worker gets SIGTERM and cleans up as usual.
 
 The namespace also keeps containers that other programs start meanwhile from getting copies of the mounts.
+
+A signal becomes an exception wherever the worker just is. Rule: what has to be undone is done, noted and undone within
+``uninterrupted()``, and whoever goes on after an error asks ``raise_again()`` first.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,7 +55,7 @@ def supervise(arguments: Sequence[str], scratch: Path) -> int:
             # Asked once more, it is not asked any more.
             worker.send_signal(number if len(got) < 3 else signal.SIGKILL)
 
-    with _handlers(forward):
+    with _handlers(dict.fromkeys(SIGNALS, forward)):
         try:
             worker = subprocess.Popen(
                 [*DIES_WITH_PARENT, *unshare, sys.executable, "-m", "benchmarks", *arguments],
@@ -89,23 +92,79 @@ def environment(folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def worker_folder() -> Iterator[Path]:
     """The worker's scratch folder; the first signal becomes ``SystemExit``, further ones don't disturb the cleaning."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
-        raise SystemExit(SIGNAL_EXIT + number)
-
     folder = Path(os.environ[FOLDER_VARIABLE])
-    with _handlers(stop):
+    with _handlers(dict.fromkeys(SIGNALS, _Stop())):
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # the supervisor may not be there any more
+            raise_again()
 
 
 @contextlib.contextmanager
-def _handlers(handler: Any) -> Iterator[None]:
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+def uninterrupted() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Let signals wait; then whoever handled them before does, also if the block raised.
+
+    Gives what makes a part of the block an exception: there they act as before, those that have waited at once. So an
+    interruption comes only from that part, and finds all else whole::
+
+        with uninterrupted() as interruptible, ExitStack() as stack:
+            stack.enter_context(something_to_undo())
+            with interruptible():
+                ...
+    """
+    waiting: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+
+    def deliver() -> None:
+        while waiting:
+            signal.raise_signal(waiting.pop(0))
+
+    @contextlib.contextmanager
+    def interruptible() -> Iterator[None]:
+        with _handlers(before):
+            deliver()
+            yield
+
+    try:
+        with _handlers(dict.fromkeys(SIGNALS, wait)):
+            yield interruptible
+    finally:
+        deliver()
+
+
+def raise_again() -> None:
+    """Raise the worker's ``SystemExit`` once more if there was a signal, outside of ``uninterrupted()``.
+
+    An error of the cleaning may have taken its place, or it came up in a destructor, where exceptions are lost.
+    """
+    handler = signal.getsignal(SIGNALS[0])
+    if isinstance(handler, _Stop):
+        handler.raise_again()
+
+
+class _Stop:
+    """The worker's handler. It stays in place after the first signal, to tell of it and to let others do nothing."""
+
+    def __init__(self) -> None:
+        self._first = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self._first:
+            self._first = number
+            self.raise_again()
+
+    def raise_again(self) -> None:
+        if self._first:
+            raise SystemExit(SIGNAL_EXIT + self._first)
+
+
+@contextlib.contextmanager
+def _handlers(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

@@ -81,11 +81,20 @@ class System(ABC):
         """Its version."""
 
     def set_up(self, ground: Ground) -> None:  # noqa: B027
-        """Once before the first mount on ``ground``: copy or import the template."""
+        """Once before the first mount on ``ground``: copy or import the template. May take long; mounts nothing."""
+
+    def try_out(self, ground: Ground) -> None:  # noqa: B027
+        """Once after ``set_up``: mount and unmount, where a kernel may refuse it. Not interrupted, as ``mount``."""
+
+    def furnish(self, ground: Ground, place: Path) -> None:  # noqa: B027
+        """Before ``mount`` at the same ``place``: what takes long. Leaves nothing but files there."""
 
     @abstractmethod
     def mount(self, ground: Ground, place: Path) -> Mount:
-        """Mount one more container; ``place`` is a new empty folder for everything it needs."""
+        """Mount one more container; ``place`` is a new folder for everything it needs.
+
+        A signal waits until this is done and noted for ``unmount``, so that nothing mounted is forgotten.
+        """
 
     @abstractmethod
     def unmount(self, mount: Mount) -> None:
@@ -122,14 +131,18 @@ class Ext4(System):
         if ground.changed:
             run("cp", "-a", ground.tree, self._copy(ground))
 
+    def furnish(self, ground: Ground, place: Path) -> None:
+        """A copy of its own for each further mount at the same time."""
+        if len(self._copies) >= MOST_COPIES:
+            raise Skip("each further plain copy takes as much time and space as the template")
+        if self._copies:
+            run("cp", "-a", ground.tree, place / "copy")
+
     def mount(self, ground: Ground, place: Path) -> Mount:
-        """The copy; further ones at the same time get a copy of their own."""
+        """The copy, or that of its own."""
         copy = self._copy(ground) if ground.changed else ground.tree
         if self._copies:
-            if len(self._copies) >= MOST_COPIES:
-                raise Skip("each further plain copy takes as much time and space as the template")
             copy = place / "copy"
-            run("cp", "-a", ground.tree, copy)
         root = made(place / "root")
         run("mount", "--bind", copy, root)
         self._copies.append(root)
@@ -298,7 +311,7 @@ class Vzfs(System):
         self._numbers = itertools.count(1)
 
     def missing(self) -> str | None:
-        """Whether the engine exists and its parts can be imported; whether it mounts shows in ``set_up``."""
+        """Whether the engine exists and its parts can be imported; whether it mounts shows in ``try_out``."""
         from vzfs.fuse.serve import ENGINES
 
         if self.engine not in ENGINES or importlib.util.find_spec(f"vzfs.fuse.{self.module}") is None:
@@ -313,10 +326,13 @@ class Vzfs(System):
             return "not installed, run from a checkout"
 
     def set_up(self, ground: Ground) -> None:
-        """Import the template into the store; try a mount, since an engine may be refused by the kernel."""
+        """Import the template into the store."""
         store = self.store(ground)
         if all(template.name != ground.template for template in store.templates()):
             store.create_template(ground.template, str(ground.tree))
+
+    def try_out(self, ground: Ground) -> None:
+        """The kernel may refuse an engine."""
         probe = made(ground.folder / f"probe-{self.engine}")
         self.unmount(self.mount(ground, probe))
 

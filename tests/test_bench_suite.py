@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ def start(scratch: Path, *arguments: str, **environment: str) -> subprocess.Pope
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run ``vzfs-bench``."""
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], cwd=TOP, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=TOP, capture_output=True, text=True, timeout=300
     )
 
 
@@ -101,9 +102,10 @@ def test_a_quick_run_of_each_group_gives_results(scratch: Path, tmp_path: Path) 
     assert {sample.operations for sample in walks} == {run.entries}
     assert len({sample.proof for sample in walks}) == 1
     for sample in walks:
-        assert (sample.evidence.spinner > 0) == (sample.condition == "busy")
+        assert (sample.evidence.spinner >= 0) == (sample.condition == "busy")
         assert bool(sample.evidence.server_cpus) == (sample.system not in ("ext4", "overlayfs"))
-    for system in OURS.split(","):  # in one round at least: other programs come and go
+    for system in OURS.split(","):  # in one round at least: other programs come and go, and want the CPU as well
+        assert max(sample.evidence.spinner for sample in walks if sample.system == system) > 0
         grown = [sample.evidence.dentries_grown for sample in walks if sample.system == system]
         assert max(grown) >= caches.SHARE * run.entries
     # Interleaved: the systems take turns within a round.
@@ -173,6 +175,10 @@ def test_a_system_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
 # ---- the end of a run, however it comes ------------------------------------------------------------------------------
 
 
+LONG_RUN = ("--workloads", "scale-10k", "--rounds", "50")
+"""Begins soon and does not end before it is interrupted."""
+
+
 def children_of(pid: int) -> list[int]:
     """Child processes, by /proc."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -186,26 +192,70 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def slowed(programs: Path, name: str, first: str) -> Path:
+    """Put a program ``name`` into the new folder ``programs`` that takes half a second longer when its first argument
+    begins with ``first``; gives the file that says that it is running so.
+    """
+    real = shutil.which(name)
+    assert real is not None
+    running = programs / "running"
+    programs.mkdir()
+    script = f'#!/bin/sh\ncase "$1" in {first}*) touch {running}; sleep 0.5;; esac\nexec {real} "$@"\n'
+    (programs / name).write_text(script)
+    (programs / name).chmod(0o755)
+    return running
+
+
+def serves(process: subprocess.Popen[str], system: str) -> bool:
+    """Whether a worker of ``process`` sees a mount of ``system``."""
+    with contextlib.suppress(OSError):
+        mounts = [Path(f"/proc/{worker}/mountinfo").read_text() for worker in children_of(process.pid)]
+        return any(f" fuse.{system} " in text for text in mounts)
+    return False
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "a server starts"),
+        (signal.SIGINT, "a server starts"),
+        (signal.SIGINT, "vzfs is tried out"),
+        (signal.SIGTERM, "a system is mounted"),
+        (signal.SIGHUP, "a system is unmounted"),
+    ],
+)
 def test_an_interrupted_run_leaves_nothing_but_what_it_has_measured(
-    number: signal.Signals, scratch: Path, tmp_path: Path
+    number: signal.Signals, moment: str, scratch: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "results.json"
-    arguments = ("--systems", "ext4,fuse-overlayfs,vzfs-pyfuse3", "--workloads", "lookup", "--output", str(output))
-    process = start(scratch, *arguments)
-    wait_for(lambda: any("fuse-overlayfs" in command for command in processes_below(scratch)))
+    output, programs = tmp_path / "results.json", tmp_path / "programs"
+    name, first = ("umount", str(scratch)) if moment == "a system is unmounted" else ("fuse-overlayfs", "-f")
+    running = slowed(programs, name, first)
+    process = start(
+        scratch,
+        *("--systems", "ext4,fuse-overlayfs,vzfs-pyfuse3", "--output", str(output), *LONG_RUN),
+        PATH=f"{programs}:{os.environ['PATH']}",
+    )
+    match moment:
+        case "vzfs is tried out":
+            wait_for(lambda: any("vzfs.fuse.serve" in command for command in processes_below(scratch)))
+        case "a system is mounted":
+            wait_for(lambda: serves(process, "fuse-overlayfs"))
+        case _:
+            wait_for(running.exists)
     process.send_signal(number)
     process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert_nothing_left(scratch)
-    assert [problem.text for problem in Run.load(output).problems] == ["the run was interrupted"]
+    run = Run.load(output)
+    assert [problem.text for problem in run.problems if problem.kind != "skipped"] == ["the run was interrupted"]
+    if moment != "vzfs is tried out":
+        assert run.samples
 
 
 @pytest.mark.slow
 def test_a_killed_worker_leaves_nothing(scratch: Path, tmp_path: Path) -> None:
-    arguments = ("--systems", "fuse-overlayfs,vzfs-pyfuse3", "--workloads", "lookup", "--output", str(tmp_path / "x"))
-    process = start(scratch, *arguments)
+    process = start(scratch, "--systems", "fuse-overlayfs,vzfs-pyfuse3", "--output", str(tmp_path / "x"), *LONG_RUN)
     wait_for(lambda: any("fuse-overlayfs" in command for command in processes_below(scratch)))
     (worker,) = children_of(process.pid)
     os.kill(worker, signal.SIGKILL)
@@ -216,8 +266,7 @@ def test_a_killed_worker_leaves_nothing(scratch: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_supervisor_lets_the_worker_clean_up(scratch: Path, tmp_path: Path) -> None:
-    arguments = ("--systems", "fuse-overlayfs,vzfs-pyfuse3", "--workloads", "lookup", "--output", str(tmp_path / "x"))
-    process = start(scratch, *arguments)
+    process = start(scratch, "--systems", "fuse-overlayfs,vzfs-pyfuse3", "--output", str(tmp_path / "x"), *LONG_RUN)
     wait_for(lambda: any("fuse-overlayfs" in command for command in processes_below(scratch)))
     process.kill()
     process.communicate(timeout=120)
@@ -312,12 +361,15 @@ def test_a_shape_is_made_as_it_says(tmp_path: Path) -> None:
 def test_dropping_and_reading_are_seen(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(8 << 20))
-    caches.drop("3")
-    assert caches.resident([file]) < 0.1
-    before = caches.level()
-    caches.read_whole(file)
-    assert caches.resident([file]) == 1.0
-    assert caches.level().cached_kib - before.cached_kib > 4 << 10
+    grown = []
+    for _ in range(5):
+        caches.drop("3")
+        assert caches.resident([file]) < 0.1
+        before = caches.level()
+        caches.read_whole(file)
+        assert caches.resident([file]) == 1.0
+        grown.append(caches.level().cached_kib - before.cached_kib)
+    assert statistics.median(grown) > 4 << 10  # other programs use the page cache meanwhile
 
 
 @pytest.mark.parametrize(

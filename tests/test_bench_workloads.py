@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import stat
+import statistics
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -358,10 +359,13 @@ def test_a_pause_between_operations_is_counted_and_one_before_the_first_is_not(r
 
 
 def test_page_cache_is_counted_and_shared_where_the_kernel_shares_it(rig: Rig) -> None:
-    before = density.cached_kib()
-    content = rig.folder / "content"
-    content.write_bytes(os.urandom(32 << 20))
-    assert (density.cached_kib() - before) / 1024 == pytest.approx(32, abs=8)
+    content = os.urandom(32 << 20)
+    grown = []
+    for turn in range(5):
+        before = density.cached_kib()
+        (rig.folder / f"content{turn}").write_bytes(content)
+        grown.append((density.cached_kib() - before) / 1024)
+    assert statistics.median(grown) == pytest.approx(32, abs=8)  # other programs use the page cache meanwhile
 
 
 def test_memory_and_descriptors_of_a_process() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.supervise import uninterrupted
 from benchmarks.workload import Outcome, Place
 from benchmarks.workloads.client import Order
 
@@ -34,10 +35,11 @@ class ClientError(RuntimeError):
 
 
 class Client:
-    """One client process that has its order and waits for the word."""
+    """One client process; it gets its order, then waits for the word."""
 
     def __init__(self, order: Order) -> None:
         self.loop = order["loop"]
+        self._order = order
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(PROGRAM)],
             stdin=subprocess.PIPE,
@@ -46,7 +48,10 @@ class Client:
             text=True,
             env=ENVIRONMENT,
         )
-        self._say(json.dumps(order))
+
+    def get_ready(self) -> None:
+        """Hand over the order and wait until all is prepared. Raises ``ClientError``."""
+        self._say(json.dumps(self._order))
         if self._hear() != "ready":
             raise self._failure()
 
@@ -89,13 +94,17 @@ def _pipe(file: IO[str] | None) -> IO[str]:
 @contextlib.contextmanager
 def started(orders: Sequence[Order]) -> Iterator[list[Client]]:
     """A ready client for each of ``orders``; they are gone afterwards."""
-    with contextlib.ExitStack() as stack:
+    # One that was forgotten would keep its mount busy.
+    with uninterrupted() as interruptible, contextlib.ExitStack() as stack:
         clients = []
         for order in orders:
             client = Client(order)
             stack.callback(client.close)
             clients.append(client)
-        yield clients
+            with interruptible():
+                client.get_ready()
+        with interruptible():
+            yield clients
 
 
 def measure(place: Place, orders: Order | Sequence[Order], *, names: int = 0, whole: bool = False) -> Outcome:
