@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.results import Machine
+from vzfs.store.flush import has_own_journal
 
 PACKAGES = ("vzfs", "pyfuse3", "trio", "numpy", "scipy")
 PROGRAMS = {"fio": ("fio", "--version"), "libfuse": ("fusermount3", "--version"), "git": ("git", "--version")}
@@ -25,10 +26,17 @@ def machine(scratch: Path) -> Machine:
         memory_mib=int(Path("/proc/meminfo").read_text().split()[1]) // 1024,
         architecture=platform.machine(),
         virtual="" if virtual == "none" else virtual,
-        file_system=mount[0] if mount else "",
+        file_system=_file_system(mount[0], scratch) if mount else "",
         device=mount[1] if len(mount) > 1 else "",
         kernel=platform.release(),
     )
+
+
+def _file_system(name: str, folder: Path) -> str:
+    """Also whether ext4 has a journal: without, it passes over each inode freed in the last minutes to make a file."""
+    if name == "ext4" and not has_own_journal(os.stat(folder).st_dev):
+        return "ext4 without a journal"
+    return name
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from vzfs.errors import UnsupportedError
 from vzfs.fuse import wire
@@ -32,6 +31,7 @@ from vzfs.fuse.handlers import Answer, Handlers, RawHeader
 from vzfs.fuse.resent import Resent
 from vzfs.fuse.state import BACKING, ERRORS, LAST_DONE, PAUSES, REQUESTS, SLOW, State
 from vzfs.fuse.wire import InitFlag, Opcode
+from vzfs.fuse.workers import Workers
 from vzfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Engine:
         self._busy_poll_us = busy_poll_us
         self._files = BackingFiles(self._device, tree, state.words[BACKING:])
         self._follower = Follower()
-        self._workers = ThreadPoolExecutor(THREADS, "vzfs-worker", self._follower.leave)
+        self._workers = Workers(THREADS, self._follower.leave)
         self._answer = Handlers(tree, self._files, self._words, self._later).table()
         self._waiting = False
         self._ending = False
@@ -163,7 +163,7 @@ class Engine:
         except Ended:
             pass
         finally:
-            self._workers.shutdown(wait=True)
+            self._workers.finish()
 
     def _serve(self) -> None:
         device, words, follower = self._device, self._words, self._follower

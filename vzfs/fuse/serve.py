@@ -23,7 +23,7 @@ from types import FrameType
 
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.mount import attach, detach, source_name, unmount_dead, vzfs_mount
-from vzfs.fuse.state import State
+from vzfs.fuse.state import BACKING, PINNED, State
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.container import remember_user
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
@@ -31,6 +31,7 @@ from vzfs.store.lock import Holder, Lock
 from vzfs.store.magic import valid_template_name
 from vzfs.tree.area import Sync
 from vzfs.tree.node import Readers
+from vzfs.tree.pins import Slots
 from vzfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,9 @@ def _run_direct(order: Order, layout: Layout, served: Served, ready: Callable[[]
     def changed(number: int) -> None:
         engine.changed(number)
 
-    tree = _open_tree(order, layout, readers=Readers.KEEP, resume=resumed, changed=changed)
+    tree = _open_tree(
+        order, layout, readers=Readers.KEEP, resume=resumed, changed=changed, pins=served.state.words[PINNED:BACKING]
+    )
     try:
         engine = Engine(tree, served.fd, served.state, busy_poll_us=order.busy_poll_us)
         if resumed:
@@ -255,6 +258,7 @@ def _open_tree(
     readers: Readers,
     resume: bool = False,
     changed: Callable[[int], None] | None = None,
+    pins: Slots | None = None,
 ) -> Tree:
     container = Path(order.container)
     try:
@@ -263,7 +267,14 @@ def _open_tree(
         raise UsageError(f"there is no sync policy {order.sync!r}", remedy="choose none, data or full") from None
     try:
         return Tree(
-            layout, container, read_only=order.read_only, sync=sync, readers=readers, resume=resume, changed=changed
+            layout,
+            container,
+            read_only=order.read_only,
+            sync=sync,
+            readers=readers,
+            resume=resume,
+            changed=changed,
+            pins=pins,
         )
     except OSError as error:
         _refuse_full_disk(error, container)

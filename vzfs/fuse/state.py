@@ -20,9 +20,10 @@ from itertools import zip_longest
 from vzfs.errors import UnsupportedError
 from vzfs.fuse.wire import OPCODES, InitFlag, Opcode
 from vzfs.tree.counters import COUNTERS, Counters
+from vzfs.tree.pins import PINS
 
 MAGIC = int.from_bytes(b"vzfsstat", "little")
-VERSION = 1
+VERSION = 2
 NAME = "vzfs-state"
 
 # Header.
@@ -58,7 +59,9 @@ PAUSES = REQUESTS + OPCODES
 BUCKETS = 64
 SLOW = PAUSES + BUCKETS
 """The same of requests that a worker thread answered, from their start to their end."""
-BACKING = SLOW + BUCKETS
+PINNED = SLOW + BUCKETS
+"""Numbers of removed files that the kernel still knows, see ``vzfs.tree.pins``; 0: free."""
+BACKING = PINNED + PINS
 """To the end: registered backing files, ``BACKING_WORDS`` words each: node number (0: free), backing id, open count."""
 BACKING_WORDS = 3
 BACKING_SLOTS = 16384

@@ -112,17 +112,21 @@ class OpenTemplate:
             self.plant_link(dir_fd, self.index.name(child), child)
         step("unfold:planted")
         os.setxattr(dir_fd, ORIGIN_XATTR, self.origin(entry))
-        apply_attributes(sys.entry_path(dir_fd, b"."), self.index.attributes(entry), self.index.xattrs(entry))
+        apply_attributes(dir_fd, self.index.attributes(entry), self.index.xattrs(entry))
 
 
-def apply_attributes(path: bytes, attributes: Attributes, xattrs: dict[str, bytes]) -> None:
-    """Give the object at ``path``, whose last component is not followed, these attributes.
+def apply_attributes(target: bytes | int, attributes: Attributes, xattrs: dict[str, bytes]) -> None:
+    """Give a new object these attributes: an open one, or that at a path whose last component is not followed.
 
     In the order that leaves all of them standing: chown drops setuid bits and capabilities, an ACL changes the mode.
     """
-    os.chown(path, attributes.uid, attributes.gid, follow_symlinks=False)
+    follow = isinstance(target, int)
+    now = os.stat(target, follow_symlinks=follow)
+    chown = (now.st_uid, now.st_gid) != (attributes.uid, attributes.gid)
+    if chown:
+        os.chown(target, attributes.uid, attributes.gid, follow_symlinks=follow)
     for name, value in xattrs.items():
-        os.setxattr(path, name, value, follow_symlinks=False)
-    if not stat.S_ISLNK(attributes.mode):
-        os.chmod(path, stat.S_IMODE(attributes.mode))
-    os.utime(path, ns=(attributes.atime_ns, attributes.mtime_ns), follow_symlinks=False)
+        os.setxattr(target, name, value, follow_symlinks=follow)
+    if not stat.S_ISLNK(attributes.mode) and (chown or xattrs or now.st_mode != attributes.mode):
+        os.chmod(target, stat.S_IMODE(attributes.mode))
+    os.utime(target, ns=(attributes.atime_ns, attributes.mtime_ns), follow_symlinks=follow)

@@ -65,6 +65,9 @@ _NR_OPEN_TREE, _NR_OPENAT2, _NR_MOUNT_SETATTR = 428, 437, 442  # the same on eve
 _NR_RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "riscv64": 276, "ppc64le": 357, "s390x": 347}.get(
     platform.machine(), -1
 )
+_WRITE_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER of <linux/fs.h>
+_COPY_AT_ONCE = 64 << 10
+"""Bytes of a file up to which reading and writing it takes less time than finding its holes."""
 _COPY_CHUNK = 128 << 20
 """Bytes given to one copy_file_range call: long enough to be free of overhead, short enough to be interruptible."""
 
@@ -143,6 +146,14 @@ def reserve(fd: int, size: int) -> None:
     """Give the file blocks for ``size`` bytes without changing its size (fallocate(2)), where the file system can."""
     with contextlib.suppress(OSError):
         _check(_libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)))
+
+
+def write_out(fd: int) -> None:
+    """Write the file's data to the disk and wait until it is there (sync_file_range(2)).
+
+    Its size and where its data lies, which are metadata, may follow later. Raises ``OSError``.
+    """
+    _check(_libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_WRITE_AND_WAIT)))
 
 
 def syncfs(fd: int) -> None:
@@ -262,10 +273,22 @@ def copy_data(src_fd: int, dst_fd: int, size: int) -> bool:
         if os.fstat(dst_fd).st_size != size:
             os.ftruncate(dst_fd, size)
         return False
+    if size <= _COPY_AT_ONCE and os.fstat(src_fd).st_blocks * 512 >= size:  # no hole
+        _copy_at_once(src_fd, dst_fd, size)
+        return True
     os.ftruncate(dst_fd, size)
     for offset, length in data_segments(src_fd, size):
         _copy_range(src_fd, dst_fd, offset, length)
     return True
+
+
+def _copy_at_once(src_fd: int, dst_fd: int, size: int) -> None:
+    data = os.pread(src_fd, size, 0)
+    if len(data) != size:
+        raise OSError(errno.EIO, "the source file became shorter while it was copied")
+    done = 0
+    while done < size:
+        done += os.pwrite(dst_fd, data[done:], done)
 
 
 def _copy_range(src_fd: int, dst_fd: int, offset: int, length: int) -> None:

@@ -29,6 +29,7 @@ from vzfs.tree.listing import REAL_OFFSETS, Listing, list_folded, list_real
 from vzfs.tree.node import Entry, Handle, Kind, Node, Readers
 from vzfs.tree.nodes import Nodes
 from vzfs.tree.own import Owner
+from vzfs.tree.pins import PINS, Pins, Slots
 from vzfs.tree.ready import Ready
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Core:
         readers: Readers = Readers.SHARE,
         resume: bool = False,
         changed: Callable[[int], None] | None = None,
+        pins: Slots | None = None,
     ) -> None:
         conf = Conf.load(container / CONF)
         self.lock = threading.RLock()
@@ -93,8 +95,10 @@ class Core:
                 self._area.clear_stage()
             if not read_only and not resume:
                 self._area.clear_orphans()
+            self._pins = Pins([0] * PINS if pins is None else pins)
             self._nodes = Nodes(
                 self._area,
+                self._pins,
                 lambda name: OpenTemplate(layout, name),
                 conf.get(OSTEMPLATE),
                 changed,
@@ -145,10 +149,13 @@ class Core:
         return node is not None and bool(node.orphan) and node.last is not None and node.last.size > SLOW_FREE
 
     def _discard_orphan(self, node: Node) -> None:
+        kept = self._pins.release(node.number)
         if node.orphan:
             remove = os.rmdir if node.is_directory else os.unlink
             remove(node.orphan, dir_fd=self._area.orphans_fd)
             node.orphan = b""
+            kept = True
+        if kept:
             self._nodes.changed(node.number)
 
     def getattr(self, number: int) -> Attributes:
@@ -165,7 +172,7 @@ class Core:
                 if not stat.S_ISLNK(node.template.index.mode(node.entry)):
                     raise OSError(errno.EINVAL, "not a symbolic link")
                 return node.template.index.target(node.entry)
-            folder, name = self._nodes.location(node)
+            folder, name = (node.pin, b"") if node.pin >= 0 else self._nodes.location(node)
             return read_own_link(folder, name)
 
     def listing(self, number: int) -> Listing:
@@ -272,7 +279,7 @@ class Core:
             node = self._nodes.get(number)
             if node.kind is not Kind.OWN and (node.kind is not Kind.DIRECTORY or node.dead):
                 return None
-            return sys.birth_time(self._nodes.path(node))
+            return None if node.pin >= 0 else sys.birth_time(self._nodes.path(node))
 
     @property
     def node_count(self) -> int:
@@ -338,9 +345,10 @@ class Core:
 
         cut = False
         length = 0
+        fd = -1
 
         def stage(node: Node, staged: bytes) -> None:
-            nonlocal cut, length
+            nonlocal cut, length, fd
             assert node.template is not None
             attributes = node.template.index.attributes(node.entry)
             cut = size is not None and size < attributes.size
@@ -350,18 +358,22 @@ class Core:
             length = attributes.size if size is None else min(size, attributes.size)
             source = node.template.open_source(node.entry)
             try:
-                self._owner.stage_file(source, staged, length)
+                fd = self._owner.stage_file(source, staged, length, attributes.mode)
             finally:
                 os.close(source)
 
         def commit(node: Node, staged: bytes) -> None:
-            self._owner.commit_copy(node, staged, time.time_ns() if cut else None)
+            self._owner.commit_copy(node, staged, fd, time.time_ns() if cut else None)
             self.counters.copied_bytes += length
 
         with self.lock:
             if self._is_kept(self._nodes.get(number)):
                 raise OSError(errno.ETXTBSY, "its template's data is in use, and it has no name to make a copy under")
-        self._own(number, lambda node: node.kind in (Kind.TEMPLATE, Kind.RECORD), stage, commit)
+        try:
+            self._own(number, lambda node: node.kind in (Kind.TEMPLATE, Kind.RECORD), stage, commit)
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def _own(
         self,

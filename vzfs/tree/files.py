@@ -17,7 +17,7 @@ from vzfs.store.index import Attributes
 from vzfs.store.layout import RESERVED_PREFIX
 from vzfs.store.record import Record
 from vzfs.tree.core import ROOT, Caller, Changes, Core
-from vzfs.tree.node import Handle, Kind, Node
+from vzfs.tree.node import Handle, Kind, Node, Place
 from vzfs.tree.own import no_space
 
 BACKING_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
@@ -35,6 +35,7 @@ class Files(Core):
             if not self._read_only:
                 self._area.clear_stage()
                 self._area.clear_orphans()
+            self._pins.close()
             self._nodes.close()
             self._area.close()
 
@@ -244,22 +245,22 @@ class Files(Core):
     def _set_own(self, node: Node, changes: Changes, handle: Handle | None) -> None:
         if changes.size is not None:
             self._truncate(node, changes.size, handle)
-        folder, name = self._nodes.place_of(node)
+        folder, name, follow = self._nodes.place_of(node)
         if changes.uid is not None or changes.gid is not None:
             uid, gid = (-1 if changes.uid is None else changes.uid), (-1 if changes.gid is None else changes.gid)
-            os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False)
+            os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=follow)
         if changes.mode is not None:
             # chmod(2) would follow a symbolic link; kernels before 6.6 do ask for this
-            if not node.is_directory and stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode):
+            if not node.is_directory and stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=follow).st_mode):
                 raise OSError(errno.EOPNOTSUPP, "a symbolic link has no mode")
             os.chmod(name, changes.mode & 0o7777, dir_fd=folder)
         atime_ns, mtime_ns = changes.atime_ns, changes.mtime_ns
         if atime_ns is not None or mtime_ns is not None:
             if atime_ns is None or mtime_ns is None:
-                info = os.lstat(name, dir_fd=folder)
+                info = os.stat(name, dir_fd=folder, follow_symlinks=follow)
                 atime_ns = info.st_atime_ns if atime_ns is None else atime_ns
                 mtime_ns = info.st_mtime_ns if mtime_ns is None else mtime_ns
-            os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=folder, follow_symlinks=False)
+            os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=folder, follow_symlinks=follow)
 
     def _truncate(self, node: Node, size: int, handle: Handle | None) -> None:
         if handle is not None and handle.flags & os.O_ACCMODE != os.O_RDONLY and handle.node is node:
@@ -273,10 +274,11 @@ class Files(Core):
 
     def _open_own(self, node: Node, flags: int) -> int:
         """Open a regular file of the container's own; anything else, maybe a device, is refused untouched."""
-        folder, name = self._nodes.location(node)
-        if not stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode):
+        folder, name, follow = self._nodes.place_of(node)
+        if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=follow).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        return os.open(name, flags & BACKING_FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        last = 0 if follow else os.O_NOFOLLOW
+        return os.open(name, flags & BACKING_FLAGS | last | os.O_CLOEXEC, dir_fd=folder)
 
     # --------------------------------------------------------------------------------------------- extended attributes
 
@@ -286,7 +288,8 @@ class Files(Core):
             node = self._nodes.get(number)
             if not _is_reserved(name):
                 if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
-                    return os.getxattr(self._nodes.path(node), name, follow_symlinks=False)
+                    place = self._nodes.place_of(node)
+                    return os.getxattr(place.path, name, follow_symlinks=place.follow)
                 value = self._owner.xattrs(node).get(os.fsdecode(name)) if not node.dead else None
                 if value is not None:
                     return value
@@ -298,7 +301,8 @@ class Files(Core):
         with self.lock:
             node = self._nodes.get(number)
             if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
-                names = os.listxattr(self._nodes.path(node), follow_symlinks=False)
+                place = self._nodes.place_of(node)
+                names = os.listxattr(place.path, follow_symlinks=place.follow)
             else:
                 names = list(self._owner.xattrs(node)) if not node.dead else []
             hidden = RESERVED_PREFIX.encode() if caller.uid == 0 else b"trusted."
@@ -316,7 +320,10 @@ class Files(Core):
             xattrs[os.fsdecode(name)] = value
 
         self._change_xattrs(
-            number, name, change, lambda path: os.setxattr(path, name, value, flags, follow_symlinks=False)
+            number,
+            name,
+            change,
+            lambda place: os.setxattr(place.path, name, value, flags, follow_symlinks=place.follow),
         )
 
     def removexattr(self, number: int, name: bytes) -> None:
@@ -326,14 +333,16 @@ class Files(Core):
             if xattrs.pop(os.fsdecode(name), None) is None:
                 raise OSError(errno.ENODATA, "no such attribute", name)
 
-        self._change_xattrs(number, name, change, lambda path: os.removexattr(path, name, follow_symlinks=False))
+        self._change_xattrs(
+            number, name, change, lambda place: os.removexattr(place.path, name, follow_symlinks=place.follow)
+        )
 
     def _change_xattrs(
         self,
         number: int,
         name: bytes,
         change: Callable[[dict[str, bytes]], None],
-        change_own: Callable[[bytes], None],
+        change_own: Callable[[Place], None],
     ) -> None:
         _check_xattr_name(name)
         with self.lock:
@@ -347,7 +356,7 @@ class Files(Core):
                 return
             self.own_file(number)
         with self.lock:
-            change_own(self._nodes.path(self._nodes.get(number)))
+            change_own(self._nodes.place_of(self._nodes.get(number)))
 
     def _recorded_xattrs(self, number: int, name: bytes, change: Callable[[dict[str, bytes]], None]) -> bool:
         """Keep the change in a record, if it fits there; ACLs don't, they go with the mode."""

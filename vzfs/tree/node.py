@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
+from vzfs.store import sys
 from vzfs.store.index import INO_START, Attributes
 from vzfs.store.opened import OpenTemplate
 
@@ -74,6 +75,7 @@ class Node:
         "orphan",
         "others",
         "parent",
+        "pin",
         "template",
     )
 
@@ -108,6 +110,7 @@ class Node:
         self.others: set[tuple[Node, bytes]] | None = None  # further names of an own file that the kernel knows
         self.lost = False  # every name that the kernel knew went, others exist that nobody has looked up
         self.orphan = b""  # name in cow/orphans while known but without a known name
+        self.pin = -1  # descriptor of what is known but has no name at all, see ``Pins``
 
     @property
     def is_directory(self) -> bool:
@@ -132,6 +135,20 @@ class Node:
 def private_number(backing: int) -> int:
     """Node and inode number of an object that has the inode number ``backing`` in the private area's file system."""
     return backing if backing < INO_START else backing + PRIVATE_SHIFT
+
+
+class Place(NamedTuple):
+    """By what an object of the private area is reached: its name in a directory, which is not to be followed, or
+    (``follow``) a path that leads to a descriptor of it."""
+
+    folder: int | None
+    name: bytes
+    follow: bool
+
+    @property
+    def path(self) -> bytes:
+        """For the calls that take no descriptor of a directory."""
+        return self.name if self.folder is None else sys.entry_path(self.folder, self.name)
 
 
 class Handle:

@@ -29,7 +29,8 @@ from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_record
 from vzfs.store.survey import parse_origin, read_xattr
 from vzfs.tree.area import PrivateArea, list_names, node_name
-from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node, private_number
+from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node, Place, private_number
+from vzfs.tree.pins import Pins
 from vzfs.tree.resume import Places, scan
 from vzfs.tree.times import restore_times
 
@@ -48,6 +49,7 @@ class Nodes:
     def __init__(
         self,
         area: PrivateArea,
+        pins: Pins,
         load_template: Callable[[str], OpenTemplate],
         os_template: str,
         changed: Callable[[int], None] | None = None,
@@ -55,9 +57,10 @@ class Nodes:
         heed_splits: bool = False,
     ) -> None:
         self.area = area
+        self._pins = pins
         self.changed = changed or _nobody
         self._heed_splits = heed_splits
-        self._resumed = False
+        self.resumed = False
         self._prefix: tuple[Node | None, bytes] = (None, b"")  # a directory and how links to its children begin
         self._places: Places | None = None
         self._load_template = load_template
@@ -151,7 +154,7 @@ class Nodes:
         node = self._table.get(number)
         if node is not None:
             return node
-        if not self._resumed:
+        if not self.resumed:
             return self._by_default(number)
         try:
             return self._by_default(number)
@@ -189,14 +192,16 @@ class Nodes:
 
     def resume(self) -> None:
         """Understand, from now on, every number that a dead process gave the kernel for what is here."""
-        self._resumed = True
+        self.resumed = True
+        for number in self._pins.inherited():
+            self._lost(number)
         for name in list_names(self.area.orphans_fd):
             if name.isdigit():
                 self._register_orphan(name)
 
     def is_known(self, node: Node) -> bool:
         """Whether the kernel or an open file may still ask for the node."""
-        return node.known or self._resumed
+        return node.known or self.resumed
 
     def _register_orphan(self, name: bytes) -> None:
         info = os.lstat(name, dir_fd=self.area.orphans_fd)
@@ -480,6 +485,7 @@ class Nodes:
         if previous is not None:  # unlinked, forgotten by the file system, not yet by the kernel
             node.generation = previous.generation + 1
             node.lookups = previous.lookups
+            self._pins.release(number)
         return node
 
     # --------------------------------------------------------------------------------------------------- the table
@@ -584,7 +590,7 @@ class Nodes:
         node.dead = True
         node.lost = False
         self._folded.pop(node.number, None)
-        if self._resumed:
+        if self.resumed:
             node.lookups = max(node.lookups, 1)  # the kernel forgets it for certain
         self._by_backing.pop(node.backing, None)
         if node.lookups > 0:
@@ -682,15 +688,17 @@ class Nodes:
             return self.area.root_fd, b"."
         return self.directory_fd(self.parent(node)), node_name(node)
 
-    def place_of(self, node: Node) -> tuple[int, bytes]:
-        """Directory descriptor and name by which what stores the node can be changed."""
+    def place_of(self, node: Node) -> Place:
+        """By what that which stores the node can be changed."""
+        if node.pin >= 0:
+            return Place(None, sys.fd_path(node.pin), follow=True)
         if node.kind is Kind.DIRECTORY and not node.orphan:
-            return self.living_directory_fd(node), b"."
-        return self.location(node)
+            return Place(self.living_directory_fd(node), b".", follow=False)
+        return Place(*self.location(node), follow=False)
 
     def path(self, node: Node) -> bytes:
-        """A path to what stores the node, for the calls that need one."""
-        return sys.entry_path(*self.place_of(node))
+        """A path to what stores the node, which has a name, for the calls that need one."""
+        return self.place_of(node).path
 
     def living_directory_fd(self, node: Node) -> int:
         """Like ``directory_fd``, raising ``ESTALE`` for a removed directory."""
@@ -710,6 +718,8 @@ class Nodes:
     def attributes(self, node: Node, info: os.stat_result | None = None) -> Attributes:
         """What stat tells of the node; ``info`` is what stat(2) just said of the object that holds its data."""
         if node.dead and not node.orphan and node.last is not None:
+            if node.pin >= 0 and not stat.S_ISLNK(node.last.mode):
+                return Attributes.of(os.fstat(node.pin), node.ino, 0)
             return node.last
         if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
             return self._own_attributes(node, info)

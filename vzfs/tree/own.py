@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 from vzfs.store import sys
 from vzfs.store.faults import step
+from vzfs.store.flush import flusher
 from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR, OWN_FOLDER_MODE, XATTR_PREFIX
 from vzfs.store.opened import SPLIT_XATTR, OpenTemplate, apply_attributes
 from vzfs.store.ownlink import make_own_link
@@ -31,6 +32,8 @@ from vzfs.tree.times import unchanged_times
 log = logging.getLogger(__name__)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 class Owner:
@@ -42,6 +45,7 @@ class Owner:
         self._nodes = nodes
         self._area = area
         self._sync = sync
+        self._flush = os.fdatasync if area.read_only else flusher(area.stage_fd)
 
     # -------------------------------------------------------------------------------------------------- directories
 
@@ -61,8 +65,8 @@ class Owner:
         """Swap the staged directory in for the magic link of the folded ``node``."""
         parent = self._nodes.parent(node)
         backing = os.lstat(staged, dir_fd=self._area.stage_fd).st_ino
-        with unchanged_times(self._nodes.path(parent)):
-            folder, name = self._nodes.location(node)
+        folder, name = self._nodes.location(node)
+        with unchanged_times(folder):
             sys.renameat2(self._area.stage_fd, staged, folder, name, sys.RENAME_EXCHANGE)
             step("unfold:swapped")
         if parent.folded_children:
@@ -100,19 +104,20 @@ class Owner:
 
     # -------------------------------------------------------------------------------------------------------- files
 
-    def stage_file(self, source_fd: int, name: bytes, size: int) -> None:
-        """Stage a copy of the first ``size`` bytes of ``source_fd``; it has no attributes yet."""
-        fd = os.open(
-            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._area.stage_fd
-        )
+    def stage_file(self, source_fd: int, name: bytes, size: int, mode: int) -> int:
+        """Stage a copy of the first ``size`` bytes of ``source_fd``, of the template's ``mode``, without its other
+        attributes yet; gives a descriptor of it."""
+        fd = os.open(name, _NEW_FILE, stat.S_IMODE(mode) & ~_SET_ID, dir_fd=self._area.stage_fd)
         try:
             step("copy-up:made")
             written = size > 0 and sys.copy_data(source_fd, fd, size)
             step("copy-up:copied")
             if written and self._sync is not Sync.NONE:  # names and shared blocks are the journal's, which keeps order
-                os.fdatasync(fd)
-        finally:
+                self._flush(fd)
+        except BaseException:
             os.close(fd)
+            raise
+        return fd
 
     def stage_special(self, node: Node, name: bytes) -> None:
         """Stage a symbolic link, device, FIFO or socket like the template's."""
@@ -125,22 +130,23 @@ class Owner:
             os.mknod(name, attributes.mode, attributes.rdev, dir_fd=self._area.stage_fd)
         step("copy-up:copied")
 
-    def commit_copy(self, node: Node, staged: bytes, mtime_ns: int | None = None) -> None:
+    def commit_copy(self, node: Node, staged: bytes, fd: int, mtime_ns: int | None = None) -> None:
         """Give the staged copy the node's attributes and put it in the place of the node's magic link or record.
 
-        ``mtime_ns`` replaces its modification time: a copy that lacks a part of the content is a modified file.
+        ``fd`` is a descriptor of it, or -1. ``mtime_ns`` replaces its modification time: a copy that lacks a part of
+        the content is a modified file.
         """
         template = node.template
         assert template is not None
-        stage = self._area.stage_fd
-        path = sys.entry_path(stage, staged)
+        copy = fd if fd >= 0 else sys.entry_path(self._area.stage_fd, staged)
+        follow = fd >= 0
         attributes, xattrs = self._nodes.attributes(node), self.xattrs(node)
-        os.setxattr(path, ORIGIN_XATTR, template.origin(node.entry), follow_symlinks=False)
-        apply_attributes(path, attributes if mtime_ns is None else attributes._replace(mtime_ns=mtime_ns), xattrs)
-        backing = os.lstat(staged, dir_fd=stage).st_ino
+        os.setxattr(copy, ORIGIN_XATTR, template.origin(node.entry), follow_symlinks=follow)
+        apply_attributes(copy, attributes if mtime_ns is None else attributes._replace(mtime_ns=mtime_ns), xattrs)
+        backing = os.stat(copy, follow_symlinks=follow).st_ino
         keep_readers = node.is_open and not node.dead and self._readers is Readers.KEEP
         if keep_readers:
-            os.setxattr(path, SPLIT_XATTR, b"1", follow_symlinks=False)
+            os.setxattr(copy, SPLIT_XATTR, b"1", follow_symlinks=follow)
         with contextlib.ExitStack() as cleaning:
             fds = [] if keep_readers else self._for_handles(node, staged, cleaning)
             step("copy-up:staged")
@@ -166,8 +172,8 @@ class Owner:
         elif node.group:
             self._place_record(node, staged, nlink)
         else:
-            with unchanged_times(self._nodes.path(self._nodes.parent(node))):
-                folder, name = self._nodes.location(node)
+            folder, name = self._nodes.location(node)
+            with unchanged_times(folder):
                 os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
                 step("copy-up:renamed")
 
@@ -230,8 +236,8 @@ class Owner:
             if node.group:
                 self._place_record(node, staged, nlink)
             else:
-                with unchanged_times(self._nodes.path(self._nodes.parent(node))):
-                    folder, name = self._nodes.location(node)
+                folder, name = self._nodes.location(node)
+                with unchanged_times(folder):
                     os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
                     step("record:renamed")
         except BaseException:

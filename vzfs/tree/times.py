@@ -14,6 +14,8 @@ import os
 import struct
 from collections.abc import Iterator
 
+from vzfs.store import sys
+
 log = logging.getLogger(__name__)
 
 TIMES_XATTR = "trusted.vzfs.times"
@@ -28,11 +30,11 @@ _NOTABLE = 1 << 63
 
 
 @contextlib.contextmanager
-def unchanged_times(path: bytes) -> Iterator[None]:
-    """Keep the times of the directory at ``path`` for a ``with`` block, also if the process dies in it."""
-    info = os.lstat(path)
+def unchanged_times(folder: int) -> Iterator[None]:
+    """Keep the times of the directory ``folder`` for a ``with`` block, also if the process dies in it."""
+    info, path = os.fstat(folder), sys.fd_path(folder)
     if abs(info.st_mtime_ns) < _NOTABLE:
-        os.setxattr(path, TIMES_XATTR, _NOTE.pack(info.st_mtime_ns), follow_symlinks=False)
+        os.setxattr(path, TIMES_XATTR, _NOTE.pack(info.st_mtime_ns))
     try:
         yield
     finally:
@@ -53,6 +55,6 @@ def restore_times(path: bytes) -> None:
 
 
 def _set_back(path: bytes, atime_ns: int, mtime_ns: int) -> None:
-    os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=False)
+    os.utime(path, ns=(atime_ns, mtime_ns))
     if abs(mtime_ns) < _NOTABLE:
-        os.removexattr(path, TIMES_XATTR, follow_symlinks=False)
+        os.removexattr(path, TIMES_XATTR)

@@ -209,8 +209,10 @@ class Tree(Files):
             if node.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "is a directory", name)
             last = self._loses_last_name(node, info)
-            keep = self._must_keep(node, directory, name, last=last)
             fd = self._nodes.directory_fd(directory)
+            keep = self._must_keep(node, directory, name, last=last)
+            if keep and last and self._pin(node, fd, name):
+                keep = False
             with self._losing_name(node):
                 step("unlink:before")
                 if keep and last:
@@ -248,6 +250,16 @@ class Tree(Files):
             return self._nodes.is_known(node)
         return node.is_open and not node.others and self._nodes.lies_at(node, directory, name)
 
+    def _pin(self, node: Node, folder: int, name: bytes) -> bool:
+        """Let the node, about to lose its last name, need none: if nobody has it open and it takes little space.
+
+        After a predecessor's death nobody knows for certain what is open.
+        """
+        assert node.last is not None
+        if node.is_open or self._nodes.resumed or node.last.blocks * 512 > SLOW_COPY:
+            return False
+        return self._pins.pin(node, folder, name)
+
     def _loses_last_name(self, node: Node, info: os.stat_result | None) -> bool:
         """Whether the node, about to lose a name, has only that; then its attributes without it are noted."""
         now = self._nodes.attributes(node, info)
@@ -271,6 +283,7 @@ class Tree(Files):
         except BaseException:
             if node.orphan != orphan:
                 self._owner.leave_orphans(node)
+            self._pins.release(node.number)
             raise
         if node.group:
             self._owner.count_lost_name(node)
@@ -393,6 +406,8 @@ class Tree(Files):
             self._nodes.directory_fd(target)  # open, so that it keeps its inode number
         source_fd, target_fd = self._nodes.directory_fd(source_dir), self._nodes.directory_fd(target_dir)
         keep = target is not None and not exchange and self._must_keep(target, target_dir, new_name, last=last)
+        if keep and last and target is not None and self._pin(target, target_fd, new_name):
+            keep = False
         with self._losing_name(target) if target is not None and not exchange else contextlib.nullcontext():
             if keep and target is not None:
                 self._owner.link_to_orphans(target, target_fd, new_name)
