@@ -333,16 +333,17 @@ class Core:
 
     def _own_directory(self, number: int) -> None:
         """Unfold the directory ``number``, its parents before it."""
+        if not self._is_own(number):
+            self._own(number, _is_folded, self._stage_directory, self._owner.commit_directory)
 
-        def stage(node: Node, staged: bytes) -> None:
-            assert node.template is not None
-            self._owner.stage_directory(node.template, node.entry, staged)
-
-        self._own(number, lambda node: node.kind is Kind.FOLDED, stage, self._owner.commit_directory)
+    def _stage_directory(self, node: Node, staged: bytes) -> None:
+        assert node.template is not None
+        self._owner.stage_directory(node.template, node.entry, staged)
 
     def own_file(self, number: int, size: int | None = None) -> None:
         """Copy up ``number``, which is no directory, with the first ``size`` bytes of its content (``None``: all)."""
-
+        if self._is_own(number):
+            return
         cut = False
         length = 0
         fd = -1
@@ -383,8 +384,6 @@ class Core:
         commit: Callable[[Node, bytes], None],
     ) -> None:
         """Stage and commit unless the node is the container's own already; one thread does it, others wait for it."""
-        if self._is_own(number):
-            return
         while True:
             with self.lock:
                 node = self._nodes.get(number)
@@ -450,3 +449,7 @@ class Core:
         if node.dead:
             raise FileNotFoundError(errno.ENOENT, "the directory was removed")
         return node
+
+
+def _is_folded(node: Node) -> bool:
+    return node.kind is Kind.FOLDED

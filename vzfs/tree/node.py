@@ -17,6 +17,7 @@ from typing import NamedTuple
 from vzfs.store import sys
 from vzfs.store.index import INO_START, Attributes
 from vzfs.store.opened import OpenTemplate
+from vzfs.store.record import Record
 
 ROOT_NUMBER = 1
 """Node number of a mount's root (FUSE_ROOT_ID)."""
@@ -76,6 +77,7 @@ class Node:
         "others",
         "parent",
         "pin",
+        "record",
         "template",
     )
 
@@ -110,6 +112,7 @@ class Node:
         self.others: set[tuple[Node, bytes]] | None = None  # further names of an own file that the kernel knows
         self.lost = False  # every name that the kernel knew went, others exist that nobody has looked up
         self.orphan = b""  # name in cow/orphans while known but without a known name
+        self.record: Record | None = None  # of a RECORD, once it was read
         self.pin = -1  # descriptor of what is known but has no name at all, see ``Pins``
 
     @property

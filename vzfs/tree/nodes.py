@@ -497,6 +497,7 @@ class Nodes:
     def set_own(self, node: Node, kind: Kind, backing: int) -> None:
         """Say that the node is now the object ``backing`` of the private area."""
         node.kind = kind
+        node.record = None
         node.backing = backing
         self._by_backing[backing] = node
 
@@ -729,9 +730,15 @@ class Nodes:
         if node.kind is Kind.RECORD:
             folder, name = self.location(node)
             info = os.lstat(name, dir_fd=folder)
-            record = read_record(sys.entry_path(folder, name)) or Record()
-            return record.apply(base, self.group_nlink(node) if node.group else base.nlink, info.st_ctime_ns)
+            nlink = self.group_nlink(node) if node.group else base.nlink
+            return self.record(node).apply(base, nlink, info.st_ctime_ns)
         return base
+
+    def record(self, node: Node) -> Record:
+        """The record of a node that has one."""
+        if node.record is None:
+            node.record = read_record(sys.entry_path(*self.location(node))) or Record()
+        return node.record
 
     def _own_attributes(self, node: Node, info: os.stat_result | None) -> Attributes:
         if node.kind is Kind.DIRECTORY:

@@ -22,7 +22,7 @@ from vzfs.store.flush import flusher
 from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR, OWN_FOLDER_MODE, XATTR_PREFIX
 from vzfs.store.opened import SPLIT_XATTR, OpenTemplate, apply_attributes
 from vzfs.store.ownlink import make_own_link
-from vzfs.store.record import Record, read_own_xattrs, read_record
+from vzfs.store.record import Record, read_own_xattrs
 from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.counters import Counters
 from vzfs.tree.node import Kind, Node, Readers
@@ -212,13 +212,14 @@ class Owner:
             if xattrs is not None:
                 self._replace_xattrs(path, xattrs)
             os.setxattr(path, ATTR_XATTR, record.encode(), follow_symlinks=False)
+            node.record = record
             return
         self._make_record(node, record, xattrs, self._nodes.attributes(node).nlink)
 
     def _record(self, node: Node) -> Record:
         if node.kind is not Kind.RECORD or node.dead:
             return Record()
-        return read_record(self._nodes.path(node)) or Record()
+        return self._nodes.record(node)
 
     def _make_record(self, node: Node, record: Record, xattrs: dict[str, bytes] | None, nlink: int) -> None:
         """Stage a magic link with attributes and put it in the place of the node's shared one."""
@@ -231,7 +232,8 @@ class Owner:
         try:
             step("record:made")
             os.setxattr(path, ATTR_XATTR, record.encode(), follow_symlinks=False)
-            self._replace_xattrs(path, xattrs or {})
+            for xattr, value in (xattrs or {}).items():
+                os.setxattr(path, XATTR_PREFIX + xattr, value, follow_symlinks=False)
             step("record:staged")
             if node.group:
                 self._place_record(node, staged, nlink)
@@ -245,6 +247,7 @@ class Owner:
                 os.unlink(staged, dir_fd=stage)
             raise
         node.kind = Kind.RECORD
+        node.record = record
         self._nodes.register(node)
 
     @staticmethod

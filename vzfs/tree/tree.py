@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from vzfs.store import sys
 from vzfs.store.faults import step
+from vzfs.store.index import Attributes
 from vzfs.store.ownlink import make_own_link
 from vzfs.tree.core import ROOT, SLOW_COPY, Caller, Changes
 from vzfs.tree.files import BACKING_FLAGS, Files
@@ -64,12 +65,19 @@ class Tree(Files):
     def _make_in(
         self, directory: Node, name: bytes, caller: Caller, make: Callable[[int, bytes], Made]
     ) -> tuple[Made, Entry]:
-        """Let ``make`` make ``name`` as the caller's own, and give what it gave; ``name`` never has another owner."""
+        """Let ``make`` make ``name`` as the caller's own, and give what it gave; ``name`` never has another owner.
+
+        The umask is the process's, and applied by the file system unless a default ACL decides instead; all else that
+        is made here gets its mode by chmod(2) afterwards.
+        """
         fd = self._nodes.directory_fd(directory)
         gid = _given_group(fd)
         if caller.uid == os.geteuid() and (gid is not None or caller.gid == os.getegid()):
-            with _masked(caller.umask):
+            os.umask(caller.umask)
+            try:
                 made = make(fd, name)
+            finally:
+                os.umask(0)
             step("make:made")
             return made, self._adopt(directory, fd, name)
         with self._made_on_stage(fd, gid, caller, make) as (made, stage, staged):
@@ -85,8 +93,11 @@ class Tree(Files):
         with self._owner.folder_like(fd) as stage:
             staged = self._area.stage_name()
             try:
-                with _masked(caller.umask):
+                os.umask(caller.umask)
+                try:
                     made = make(stage, staged)
+                finally:
+                    os.umask(0)
                 step("make:made")
                 _give_to(stage, staged, caller.uid, caller.gid if gid is None else gid)
                 if gid is not None and stat.S_ISDIR(os.lstat(staged, dir_fd=stage).st_mode):
@@ -119,7 +130,7 @@ class Tree(Files):
                     handle = self.open(present.number, flags, caller)
                     present.lookups += 1
                     return handle, self._nodes.entry(present)
-            with _making_file(mode, flags) as make:
+            with _NewFile(mode, flags) as make:
                 backing, entry = self._make_in(directory, name, caller, make)
             return self._add_handle(self._nodes.get(entry.number), backing, flags), entry
 
@@ -129,7 +140,7 @@ class Tree(Files):
         with self.lock:
             fd = self._nodes.directory_fd(self._living_directory(parent))
             with (
-                _making_file(mode, flags) as make,
+                _NewFile(mode, flags) as make,
                 self._made_on_stage(fd, _given_group(fd), caller, make) as (backing, stage, staged),
             ):
                 node = self._nodes.new_own(Kind.OWN, os.fstat(backing).st_ino)
@@ -262,6 +273,11 @@ class Tree(Files):
 
     def _loses_last_name(self, node: Node, info: os.stat_result | None) -> bool:
         """Whether the node, about to lose a name, has only that; then its attributes without it are noted."""
+        if node.kind is Kind.OWN and not node.group and info is not None and not stat.S_ISLNK(info.st_mode):
+            last = info.st_nlink - bool(node.orphan) <= 1  # all that ``attributes`` would look at
+            if last:
+                node.last = Attributes.of(info, node.ino, 0)
+            return last
         now = self._nodes.attributes(node, info)
         last = now.nlink <= 1 or node.is_directory
         if last:
@@ -470,32 +486,26 @@ def _add_mode(folder: int, name: bytes, bits: int) -> None:
         os.chmod(name, mode | bits, dir_fd=folder)
 
 
-@contextlib.contextmanager
-def _making_file(mode: int, flags: int) -> Iterator[Callable[[int, bytes], int]]:
-    """What makes and opens a regular file with the flags of open(2); it is closed again if the block fails."""
-    making = flags & BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with contextlib.ExitStack() as on_failure:
+class _NewFile:
+    """Makes and opens a regular file with the flags of open(2), when called; it is closed again if the block fails."""
 
-        def make(fd: int, name: bytes) -> int:
-            backing = os.open(name, making, mode & 0o7777, dir_fd=fd)
-            on_failure.callback(os.close, backing)
-            return backing
+    __slots__ = ("_fd", "_flags", "_mode")
 
-        yield make
-        on_failure.pop_all()
+    def __init__(self, mode: int, flags: int) -> None:
+        self._flags = flags & BACKING_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._mode = mode & 0o7777
+        self._fd = -1
 
+    def __call__(self, folder: int, name: bytes) -> int:
+        self._fd = os.open(name, self._flags, self._mode, dir_fd=folder)
+        return self._fd
 
-@contextlib.contextmanager
-def _masked(umask: int) -> Iterator[None]:
-    """Make something with a program's umask, which the file system applies unless a default ACL decides instead.
+    def __enter__(self) -> _NewFile:
+        return self
 
-    The mask is the process's; all else that is made here gets its mode by chmod(2) afterwards.
-    """
-    os.umask(umask)
-    try:
-        yield
-    finally:
-        os.umask(0)
+    def __exit__(self, failed: object, *_: object) -> None:
+        if failed is not None and self._fd >= 0:
+            os.close(self._fd)
 
 
 __all__ = ["ROOT", "Caller", "Changes", "Tree"]
