@@ -18,7 +18,7 @@ from benchmarks.plan import Plan
 from benchmarks.results import Problem, Run, Sample, SystemInfo
 from benchmarks.runner import Findings, Probe, Runner, figures, no_probe
 from benchmarks.statistics import summary
-from benchmarks.supervise import worker_folder
+from benchmarks.supervise import uninterrupted, worker_folder
 from benchmarks.systems import SYSTEMS
 
 PROBLEMS = ("failed", "differs")
@@ -41,26 +41,27 @@ def measure(plan: Plan, exit_problems: int) -> int:
             runner.findings.problems.append(Problem("failed", "", "", "", "", 0, 0, "the run was interrupted"))
             raise
         finally:
-            result = Run(
-                machine=about,
-                versions=versions(),
-                started=started,
-                ended=_now(),
-                load_before=round(load, 2),
-                load_after=round(os.getloadavg()[0], 2),
-                commit=commit(),
-                template=_template(plan),
-                entries=runner.findings.entries,
-                quick=plan.sizes.quick,
-                rounds=plan.rounds,
-                conditions={str(one): conditions.TEXT[one] for one in plan.conditions},
-                systems=_systems(plan, runner.findings),
-                figures=figures(plan.workloads),
-                samples=tuple(runner.findings.samples),
-                problems=tuple(runner.findings.problems),
-                profiles={title: f"{folder_of_profiles(plan).name}/{name}" for title, name in profiles.items()},
-            )
-            _write(plan.output, result.as_json())
+            with uninterrupted():  # what was measured is kept
+                result = Run(
+                    machine=about,
+                    versions=versions(),
+                    started=started,
+                    ended=_now(),
+                    load_before=round(load, 2),
+                    load_after=round(os.getloadavg()[0], 2),
+                    commit=commit(),
+                    template=_template(plan),
+                    entries=runner.findings.entries,
+                    quick=plan.sizes.quick,
+                    rounds=plan.rounds,
+                    conditions={str(one): conditions.TEXT[one] for one in plan.conditions},
+                    systems=_systems(plan, runner.findings),
+                    figures=figures(plan.workloads),
+                    samples=tuple(runner.findings.samples),
+                    problems=tuple(runner.findings.problems),
+                    profiles={title: f"{folder_of_profiles(plan).name}/{name}" for title, name in profiles.items()},
+                )
+                _write(plan.output, result.as_json())
     tell(console, result)
     console.print(f"results: {plan.output}", markup=False, highlight=False, soft_wrap=True)
     return exit_problems if any(problem.kind in PROBLEMS for problem in result.problems) else 0
