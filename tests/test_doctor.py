@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.realuse_helpers import loop_mounted
 from vzfs import doctor
 from vzfs.cli.app import cli
 from vzfs.doctor import Finding, Offer, can_run, decode_init, examine, nearest_directory
@@ -145,6 +146,14 @@ def test_nodev_and_little_room_are_noticed(nodev: Path) -> None:
     assert "nodev" in findings["device nodes"].remedy
     assert findings["free space"].ok == "warning"
     assert findings["free inodes"].ok == "warning"
+
+
+@pytest.mark.parametrize(("options", "verdict"), [([], "ok"), (["-O", "^has_journal"], "warning")])
+def test_ext4_without_a_journal_is_noticed(tmp_path: Path, options: list[str], verdict: str) -> None:
+    with loop_mounted(tmp_path / "image", tmp_path / "there", 32 << 20, options=options) as there:
+        finding = by_name(examine(there))["journal"]
+    assert finding.ok == verdict
+    assert ("has_journal" in finding.remedy) == (verdict == "warning")
 
 
 def test_a_read_only_store_is_missing_not_a_crash(nodev: Path) -> None:

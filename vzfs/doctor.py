@@ -266,6 +266,8 @@ def _store(root: Path) -> Iterator[Finding]:
         remedy = "give another --root, remount it writable, or run as root"
         yield Finding("store writable", "missing", f"{place}: {error.strerror or error}", remedy)
         return
+    if kind == "ext4":
+        yield _journal(place)
     yield from _space(place)
 
 
@@ -350,6 +352,15 @@ def _clone(scratch: Path) -> None:
         original.write(b"vzfs" * 1024)
         original.flush()
         fcntl.ioctl(clone.fileno(), FICLONE, original.fileno())
+
+
+def _journal(place: Path) -> Finding:
+    from vzfs.store.flush import has_own_journal
+
+    if has_own_journal(os.stat(place).st_dev):
+        return Finding("journal", "ok", "inside the file system")
+    text = "each copy-up is flushed by itself, and a power failure may mix up names; tune2fs -O has_journal DEVICE"
+    return Finding("journal", "warning", "none inside the file system", text)
 
 
 def _space(place: Path) -> Iterator[Finding]:
