@@ -69,7 +69,7 @@ def run(**options: Any) -> None:
     and removed at the end, after an error and after a signal as well.
 
     \b
-    vzfs-bench run                                       everything: about half an hour
+    vzfs-bench run                                       everything: one to two hours
     vzfs-bench run --quick --tree /srv/debian            does it work?
     vzfs-bench run --workloads lookup,read --systems ext4,overlayfs,vzfs-direct
     """
