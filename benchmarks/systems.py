@@ -281,8 +281,8 @@ class Mergerfs(FuseProgram):
     name = "mergerfs"
     title = "mergerfs (read-only)"
     program = package = "mergerfs"
-    command = "mergerfs -o allow_other,cache.files=auto-full,ro TEMPLATE ROOT"
-    arguments = ("-f", "-o", "allow_other,cache.files=auto-full,ro", "{lower}", "{root}")
+    command = "mergerfs -o allow_other,cache.files=auto-full,ro,suid,dev TEMPLATE ROOT"
+    arguments = ("-f", "-o", "allow_other,cache.files=auto-full,ro,suid,dev", "{lower}", "{root}")
     writable = False
 
 
@@ -292,8 +292,8 @@ class Bindfs(FuseProgram):
     name = "bindfs"
     title = "bindfs (read-only)"
     program = package = "bindfs"
-    command = "bindfs -r TEMPLATE ROOT"
-    arguments = ("-f", "-r", "{lower}", "{root}")
+    command = "bindfs -r -o suid,dev TEMPLATE ROOT"
+    arguments = ("-f", "-r", "-o", "suid,dev", "{lower}", "{root}")
     writable = False
 
 

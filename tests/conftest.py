@@ -196,6 +196,15 @@ def _serves(pid: int) -> bool:
 # ------------------------------------------------------------------------------------------------------------ fixtures
 
 
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """Nobody else's: a tree that is used in this process sets it."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
 def clean_path(tmp_path: Path) -> Iterator[Path]:
     """``tmp_path`` with nothing mounted or running below it afterwards."""
