@@ -18,6 +18,9 @@ LEAST_ROUNDS = 5
 QUICK_ROUNDS = 2
 SPARE_BYTES = 1 << 30
 QUICK_SPARE_BYTES = 64 << 20
+INODE_COPIES = 4
+"""The template's entries, in vzfs's store twice (files and prepared links), and in ext4's copy."""
+DEBIAN_ENTRIES = 15_000
 TEMPLATE_COPIES = 3
 """The tree, ext4's copy and vzfs's template. A fourth is counted for what is read by a second plain copy."""
 NEEDED_PROGRAMS = ("unshare", "mount", "umount", "setpriv", "cp")
@@ -145,6 +148,21 @@ def check_space(plan: Plan) -> None:
             f"{plan.scratch} has {free >> 20} MiB free, {need >> 20} MiB are needed",
             remedy="free some, take --scratch DIR on another disk, or --quick",
         )
+    state = os.statvfs(plan.scratch)
+    inodes = INODE_COPIES * _entries(plan)
+    if state.f_files and state.f_favail < inodes:  # 0: made as they are needed
+        raise FullError(
+            f"{plan.scratch} has {state.f_favail:,} free inodes, {inodes:,} are needed",
+            remedy="take --scratch DIR on a file system with more of them, --quick, or leave out the group scale",
+        )
+
+
+def _entries(plan: Plan) -> int:
+    """About how many entries the largest template has."""
+    sizes = plan.sizes
+    usual = sizes.small_files + sizes.huge_entries + sizes.lookups + (0 if plan.base == "" else DEBIAN_ENTRIES)
+    shapes = [workload.shape.directories(sizes) for workload in plan.workloads if workload.shape]
+    return max(usual, *(len(directories) + sum(directories.values()) for directories in shapes), 0)
 
 
 def _check_folder(folder: Path, option: str) -> None:
