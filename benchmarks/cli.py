@@ -45,7 +45,7 @@ def _list_all(context: click.Context, parameter: click.Parameter, wanted: bool) 
 
 
 @cli.command()
-@click.option("--quick", is_flag=True, help="Small sizes and 2 rounds, to see that it works: under 3 minutes.")
+@click.option("--quick", is_flag=True, help="Small sizes and 2 rounds, to see that it works: about 3 minutes.")
 @click.option("--systems", multiple=True, metavar="NAME,…", callback=_names, help="Only these (default: all).")
 @click.option("--workloads", multiple=True, metavar="NAME,…", callback=_names, help="Only these workloads or groups.")
 @click.option(
