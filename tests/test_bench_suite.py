@@ -102,10 +102,9 @@ def test_a_quick_run_of_each_group_gives_results(scratch: Path, tmp_path: Path) 
     assert {sample.operations for sample in walks} == {run.entries}
     assert len({sample.proof for sample in walks}) == 1
     for sample in walks:
-        assert (sample.evidence.spinner >= 0) == (sample.condition == "busy")
+        assert (sample.evidence.spinner > 0) == (sample.condition == "busy")
         assert bool(sample.evidence.server_cpus) == (sample.system not in ("ext4", "overlayfs"))
-    for system in OURS.split(","):  # in one round at least: other programs come and go, and want the CPU as well
-        assert max(sample.evidence.spinner for sample in walks if sample.system == system) > 0
+    for system in OURS.split(","):  # in one round at least: other programs come and go
         grown = [sample.evidence.dentries_grown for sample in walks if sample.system == system]
         assert max(grown) >= caches.SHARE * run.entries
     # Interleaved: the systems take turns within a round.

@@ -326,7 +326,8 @@ class Owner:
 
     # ------------------------------------------------------------------------------------------------------ orphans
 
-    # An object of the container's own that loses its last known name gets one in ``cow/orphans``: so it stays usable,
+    # An own object that loses its last known name while it is open (else see ``Pins``), or that is large or a directory,
+    # gets one in ``cow/orphans``: so it stays usable,
     # and its inode number isn't given to another while the kernel still holds it.
 
     def move_to_orphans(self, node: Node, folder: int, name: bytes) -> None:
