@@ -326,9 +326,8 @@ class Owner:
 
     # ------------------------------------------------------------------------------------------------------ orphans
 
-    # An own object that loses its last known name while it is open (else see ``Pins``), or that is large or a directory,
-    # gets one in ``cow/orphans``: so it stays usable,
-    # and its inode number isn't given to another while the kernel still holds it.
+    # An own object that loses its last known name gets one in ``cow/orphans`` if it is open, large or a directory (else
+    # see ``Pins``): so it stays usable, and its inode number isn't given to another while the kernel still holds it.
 
     def move_to_orphans(self, node: Node, folder: int, name: bytes) -> None:
         """Take the last ``name`` of an own object away."""
