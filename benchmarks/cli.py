@@ -45,13 +45,13 @@ def _list_all(context: click.Context, parameter: click.Parameter, wanted: bool) 
 
 
 @cli.command()
-@click.option("--quick", is_flag=True, help="Small sizes and 2 rounds, to see that it works: about 3 minutes.")
+@click.option("--quick", is_flag=True, help="Small sizes and one round, to see that it works: 2 minutes.")
 @click.option("--systems", multiple=True, metavar="NAME,…", callback=_names, help="Only these (default: all).")
 @click.option("--workloads", multiple=True, metavar="NAME,…", callback=_names, help="Only these workloads or groups.")
 @click.option(
     "--conditions", multiple=True, metavar="NAME,…", callback=_names, help="idle, busy or both (default: both)."
 )
-@click.option("--rounds", type=int, help="At least 5, 2 with --quick (which are the defaults, too).")
+@click.option("--rounds", type=int, help="At least 5, 1 with --quick (which are the defaults, too).")
 @click.option("--tree", metavar="DIR", help="Make the template of this root tree instead of running debootstrap.")
 @click.option("--mirror", metavar="URL", default="", help="For debootstrap.")
 @click.option(
@@ -88,9 +88,9 @@ def _plan(options: dict[str, Any]) -> plans.Plan:
 
     quick = options["quick"]
     least = plans.QUICK_ROUNDS if quick else plans.LEAST_ROUNDS
-    rounds = options["rounds"] or least
+    rounds = least if options["rounds"] is None else options["rounds"]
     if rounds < least:
-        raise click.UsageError(f"--rounds {options['rounds']} is too few, {least} are the least")
+        raise click.UsageError(f"--rounds {rounds} is too few, {least} are the least")
     unknown = [name for name in options["conditions"] if name not in CONDITIONS]
     if unknown:
         raise click.UsageError(f"there is no condition {', '.join(unknown)}; there are {', '.join(CONDITIONS)}")

@@ -15,7 +15,7 @@ from benchmarks.workload import FULL, QUICK, Condition, Group, Sizes, Workload
 from vzfs.errors import FullError, UnsupportedError, UsageError
 
 LEAST_ROUNDS = 5
-QUICK_ROUNDS = 2
+QUICK_ROUNDS = 1
 SPARE_BYTES = 1 << 30
 QUICK_SPARE_BYTES = 64 << 20
 INODE_COPIES = 4

@@ -78,6 +78,8 @@ class Growth(Workload):
         what, _, count = step.name.partition("-")
         if place.upper is None and int(count) > 1:
             raise Skip("has no containers: each would be the template itself or a whole copy")
+        if int(count) > place.sizes.containers:
+            raise Skip(f"a quick run mounts no more than {place.sizes.containers} containers")
         if what == "mount":
             return self._mount(place, int(count))
         if what == "lookup":

@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 
 from benchmarks import profile
+from benchmarks.scale import WORKLOADS as SCALE
 from benchmarks.workload import Cache, Condition, Facts, Outcome, Place, Sizes, Skip, Workload
 from benchmarks.workloads import WORKLOADS, density
 from benchmarks.workloads.clients import ClientError, measure, program, shares, started
@@ -198,6 +199,15 @@ def outcomes(workload: Workload, place: Place) -> dict[str, Outcome]:
             with contextlib.suppress(Skip):
                 found[step.name] = workload.run(place, step)
     return found
+
+
+def test_a_quick_run_mounts_few_containers(rig: Rig) -> None:
+    growth = next(workload for workload in SCALE if workload.name == "scale-100k")()
+    place = rig.place("overlayfs")
+    growth.prepare(place)
+    step = next(step for step in growth.steps if step.name == "mount-10")
+    with pytest.raises(Skip, match=f"no more than {TINY.containers} containers"):
+        growth.run(place, step)
 
 
 # ----------------------------------------------------------------------------------------------------- all workloads
