@@ -80,7 +80,7 @@ def show(old: Run, new: Run, rows: Sequence[Row], *, everything: bool) -> None:
     console = Console()
     for name, run in (("old", old), ("new", new)):
         console.print(
-            f"{name}: {run.started}, commit {run.commit or 'unknown'}, {run.rounds} rounds, load {run.load_before} to "
+            f"{name}: {run.started}, commit {run.commit or 'unknown'}, rounds: {run.rounds}, load {run.load_before} to "
             f"{run.load_after}, Linux {run.machine.kernel}",
             markup=False,
             highlight=False,

@@ -103,7 +103,7 @@ def _about(view: View) -> str:
     loads = f"load average {run.load_before:.2f} before, {run.load_after:.2f} after"
     lines = [
         f"**Machine**: {_escape(f'{hardware}, {disk}; {machine.kernel}; {versions}')}.",
-        f"**Date**: {_escape(f'{run.started} to {run.ended}, commit {run.commit}, {run.rounds} rounds; {loads}')}.",
+        f"**Date**: {_escape(f'{run.started} to {run.ended}, commit {run.commit}, rounds: {run.rounds}; {loads}')}.",
         f"**Template**: {_escape(run.template)}; {run.entries:,} entries.",
         f"**Conditions**: {conditions}.",
     ]
