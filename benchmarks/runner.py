@@ -206,7 +206,7 @@ class Runner:
             condition=cell.condition,
             rng=random.Random(f"{cell.workload.name} {turn}"),
             another=functools.partial(self._mount, stack, cell, ground, facts, system, turn, folder, mounts),
-            upper=mount.upper,
+            kept=mount.kept,
         )
 
     def _step(

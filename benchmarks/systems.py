@@ -54,7 +54,7 @@ class Mount:
 
     root: Path
     stored: Path
-    upper: Path | None = None
+    kept: tuple[Path, ...] = ()
     servers: tuple[int, ...] = ()
     handle: object = field(default=None, compare=False)
 
@@ -186,7 +186,7 @@ class Overlayfs(System):
         upper, work, root = made(place / "upper"), made(place / "work"), made(place / "root")
         options = f"lowerdir={ground.tree},upperdir={upper},workdir={work}"
         run("mount", "-t", "overlay", "-o", options, "overlay", root)
-        return Mount(root, ground.tree, upper)
+        return Mount(root, ground.tree, (upper, work))
 
     def unmount(self, mount: Mount) -> None:
         """Unmount it."""
@@ -225,13 +225,17 @@ class FuseProgram(System):
         log = place / "log"
         with log.open("wb") as output:
             server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        mount = Mount(root, ground.tree, upper if self.writable else None, (server.pid,), server)
+        kept = tuple(path for name, path in (("upper", upper), ("work", work)) if self._uses(name))
+        mount = Mount(root, ground.tree, kept, (server.pid,), server)
         try:
             self._wait(mount, server, log)
         except BaseException:
             self.unmount(mount)
             raise
         return mount
+
+    def _uses(self, folder: str) -> bool:
+        return any(f"{{{folder}}}" in argument for argument in self.arguments)
 
     def _wait(self, mount: Mount, server: subprocess.Popen[bytes], log: Path) -> None:
         end = time.monotonic() + MOUNT_TIMEOUT_S
@@ -347,7 +351,7 @@ class Vzfs(System):
             raise
         pid = container.status().pid
         servers = (pid,) if pid else ()
-        return Mount(root, store.template(ground.template).path, container.path / "private", servers, container)
+        return Mount(root, store.template(ground.template).path, (container.path,), servers, container)
 
     def unmount(self, mount: Mount) -> None:
         """Unmount and destroy the container."""

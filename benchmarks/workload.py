@@ -197,9 +197,9 @@ class Place:
     condition: Condition
     rng: random.Random
     another: Callable[[], Place]
-    upper: Path | None = None
-    """The folder on disk that holds what this container has for itself (upper directory, private area); None for
-    systems without one (read-only ones, ext4)."""
+    kept: tuple[Path, ...] = ()
+    """The folders on disk that hold what this container has for itself (upper and work directory; vzfs's container);
+    empty for systems without containers (read-only ones, ext4)."""
 
 
 class Skip(Exception):

@@ -20,7 +20,7 @@ from benchmarks.report.html import table
 from benchmarks.report.plots import FAINT, PAPER, SETTINGS, as_svg, plots, settings, throughput_canvas
 from benchmarks.report.units import interval, number, quantity
 from benchmarks.report.verdicts import judge, wanted_text
-from benchmarks.report.view import Key, View
+from benchmarks.report.view import Key, Skipped, View
 from benchmarks.results import Evidence, Figure, Latency, Machine, Problem, Run, Sample, SystemInfo
 from benchmarks.statistics import Interval, change, median, ratio, summary
 from benchmarks.targets import JUDGED, TARGETS, Other, Target
@@ -342,7 +342,27 @@ def test_reasons_for_missing_figures() -> None:
     view = View(run)
     assert view.why_not(Key("lstat-random", "first", "idle", 1), SYSTEMS[1]) == "skipped: can't do it"
     assert view.why_not(Key("lstat-random", "first", "busy", 1), SYSTEMS[1]) == "not measured"
-    assert [(trouble.text, trouble.rounds) for trouble in view.troubles] == [("can't do it", (2, 3))]
+    assert view.troubles == ()
+    assert view.skips == (Skipped("overlayfs", ("lstat-random (first)",), "can't do it"),)
+
+
+def test_what_went_wrong_is_told_once_with_its_rounds() -> None:
+    problem = Problem("failed", "lstat-random", "first", "overlayfs", "idle", 1, 2, "EIO")
+    others = replace(problem, round=3), replace(problem, kind="skipped", text="can't do it")
+    view = View(run_of((LSTAT,), times(LSTAT, {"ext4": [1e-6] * 3}), problems=(problem, *others)))
+    assert [(trouble.text, trouble.rounds) for trouble in view.troubles] == [("EIO", (2, 3))]
+
+
+def test_what_was_left_out_is_gathered_by_system_and_reason() -> None:
+    where = [("walk", "", "idle"), ("walk", "", "busy"), ("memory", "idle", "idle"), ("memory", "walked", "idle")]
+    problems = [Problem("skipped", work, step, "bindfs", which, 1, 0, "no") for work, step, which in where]
+    problems.append(Problem("skipped", "tar", "", "bindfs", "idle", 1, 0, "read-only"))
+    view = View(run_of((LSTAT,), times(LSTAT, {"ext4": [1e-6] * 3}), problems=tuple(problems)))
+    assert view.skips == (
+        Skipped("bindfs", ("walk", "memory (idle, walked)"), "no"),
+        Skipped("bindfs", ("tar",), "read-only"),
+    )
+    assert "| bindfs | walk, memory (idle, walked) | no |" in markdown.text(view, (), "plots")
 
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf])

@@ -145,7 +145,7 @@ class Rig:
         folder = self.folder / f"{system}-{len(list(self.folder.iterdir()))}"
         scratch = folder / "scratch"
         scratch.mkdir(parents=True)
-        root, stored, servers, upper = self._mount(system, folder)
+        root, stored, servers, kept = self._mount(system, folder)
         return Place(
             system=system,
             root=root,
@@ -158,28 +158,28 @@ class Rig:
             condition=Condition.IDLE,
             rng=random.Random(7),
             another=lambda: self.place(system),
-            upper=upper,
+            kept=kept,
         )
 
-    def _mount(self, system: str, folder: Path) -> tuple[Path, Path, tuple[int, ...], Path | None]:
+    def _mount(self, system: str, folder: Path) -> tuple[Path, Path, tuple[int, ...], tuple[Path, ...]]:
         root, upper = folder / "root", folder / "upper"
         if system == "ext4":
             subprocess.run(["cp", "-a", str(self.tree), str(root)], check=True)
-            return root, root, (), None
+            return root, root, (), ()
         if system == "overlayfs":
             for path in (root, upper, folder / "work"):
                 path.mkdir()
             options = f"lowerdir={self.tree},upperdir={upper},workdir={folder / 'work'}"
             subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(root)], check=True)
             self.stack.callback(subprocess.run, ["umount", str(root)], check=True)
-            return root, self.tree, (), upper
+            return root, self.tree, (), (upper, folder / "work")
         template = (self.store.templates() or [self.store.create_template("bench", str(self.tree))])[0]
         container = self.store.create(len(self.store.containers()) + 1, template=template.name)
         self.stack.callback(container.destroy)
         mounted = self.stack.enter_context(container.mounted(root, engine="pyfuse3"))
         pid = container.status().pid
         assert pid
-        return mounted, template.path, (pid,), container.path
+        return mounted, template.path, (pid,), (container.path,)
 
 
 @pytest.fixture
@@ -273,8 +273,7 @@ def test_several_clients_share_the_work(kind: type[Workload], rig: Rig) -> None:
 def test_reading_workloads_change_nothing(kind: type[Workload], rig: Rig) -> None:
     place = rig.place("overlayfs")
     outcomes(kind(), place)
-    assert place.upper is not None
-    assert list(place.upper.iterdir()) == []
+    assert list(place.kept[0].iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------- wrong answers

@@ -129,7 +129,7 @@ def page(view: View, plots: Sequence[Plot]) -> str:
         groups=_groups(view, [plot for plot in plots if plot not in first]),
         noise=_noise(view),
         troubles=view.troubles,
-        serious=[trouble for trouble in view.troubles if trouble.kind != "skipped"],
+        skips=view.skips,
     )
 
 

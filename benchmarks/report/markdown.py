@@ -36,7 +36,7 @@ def text(view: View, plots: Sequence[Plot], folder: str) -> str:
         parts += [figures(view, workload) for workload in view.workloads(group)]
         early = group in view.groups[:2]
         parts.append(_plots(plots, folder, [group], latency=True, throughput=not early))
-    parts.append(_troubles(view))
+    parts += [_troubles(view), _skips(view)]
     return "\n".join(part for part in parts if part)
 
 
@@ -123,9 +123,16 @@ def _reading(view: View) -> str:
     )
 
 
+def _skips(view: View) -> str:
+    if not view.skips:
+        return ""
+    rows = [["system", "what", "why"], *([one.system, ", ".join(one.work), one.text] for one in view.skips)]
+    return "### Left out\n\n" + table(rows)
+
+
 def _troubles(view: View) -> str:
     if not view.troubles:
-        return ""
+        return "### Problems\n\nNone: every workload ran where it can, and all answers were the same.\n"
     rows = [["", "workload", "step", "system", "condition", "rounds", "what"]]
     rows += [
         [

@@ -19,7 +19,8 @@ LIMIT = "ext4"
 """The system that shows what the disk's own file system takes."""
 PERCENTILES = {"p50": ("p50", 2), "p99": ("p99", 100), "p999": ("p99.9", 1000)}
 """Field of ``Latency`` to name, and the number of operations from which at least one lies beyond it."""
-KINDS = ("failed", "differs", "skipped")
+SKIPPED = "skipped"
+KINDS = ("failed", "differs")
 """Of problems; what this program doesn't know comes first."""
 
 
@@ -88,6 +89,15 @@ class Trouble:
     clients: int
     text: str
     rounds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """What a system was not asked to do, with the reason; ``work`` names workloads, or some of their steps."""
+
+    system: str
+    work: tuple[str, ...]
+    text: str
 
 
 class View:
@@ -197,10 +207,11 @@ class View:
 
     @cached_property
     def troubles(self) -> tuple[Trouble, ...]:
-        """The run's problems, the worst kind first; those that differ in the round only are one."""
+        """What went wrong, the worst kind first; those that differ in the round only are one."""
         rounds: dict[Problem, list[int]] = defaultdict(list)
         for problem in self.run.problems:
-            rounds[_without_round(problem)].append(problem.round)
+            if problem.kind != SKIPPED:
+                rounds[_without_round(problem)].append(problem.round)
         found = [
             Trouble(
                 one.kind,
@@ -215,6 +226,19 @@ class View:
             for one, turns in rounds.items()
         ]
         return tuple(sorted(found, key=lambda trouble: KINDS.index(trouble.kind) if trouble.kind in KINDS else -1))
+
+    @cached_property
+    def skips(self) -> tuple[Skipped, ...]:
+        """What was left out, by system and reason."""
+        steps: dict[tuple[str, str], dict[str, dict[str, None]]] = {}
+        for problem in self.run.problems:
+            if problem.kind == SKIPPED:
+                workloads = steps.setdefault((problem.system, problem.text), {})
+                workloads.setdefault(problem.workload, {})[problem.step] = None
+        return tuple(
+            Skipped(system, tuple(_with_steps(name, parts) for name, parts in workloads.items()), text)
+            for (system, text), workloads in steps.items()
+        )
 
     def noisiest(self, count: int) -> list[tuple[Key, Cell]]:
         """The cells with the largest spread, that first."""
@@ -314,6 +338,12 @@ def _asked(values: Iterable[float]) -> Summary | None:
     """A summary without the values that say that nothing was asked (-1)."""
     asked = [value for value in values if value >= 0]
     return summary(asked) if asked else None
+
+
+def _with_steps(workload: str, steps: Iterable[str]) -> str:
+    """A workload's name, with its steps if only some are meant."""
+    named = ", ".join(step for step in steps if step)
+    return f"{workload} ({named})" if named else workload
 
 
 def _without_round(problem: Problem) -> Problem:
