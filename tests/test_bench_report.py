@@ -669,14 +669,23 @@ def test_the_same_run_gives_the_same_bytes(full: Run) -> None:
 
 def test_growth_has_a_line_for_each_size() -> None:
     figures = [
-        Figure(f"scale-{size}k", f"lookup-{count}", "scale", f"Template of {size},000", "lstat", "any", "-", "", False)
-        for size in (10, 100)
+        Figure(name, f"lookup-{count}", "scale", title, f"lstat, {count} containers", "any", "-", "", False)
+        for name, title in [(f"scale-{size}k", f"Template of {size},000 entries") for size in (10, 100, 500)]
         for count in (1, 10, 50)
+    ]
+    figures += [
+        Figure("lookups", f"files-{count}", "scale", "lstat", f"directory of {count:,} files", "any", "-", "", False)
+        for count in (10, 1_000)
     ]
     samples = [sample(figure, "vzfs-direct", turn, 1e-6 * (turn + 1)) for figure in figures for turn in range(3)]
     names = {plot.name: plot for plot in plots(View(run_of(tuple(figures), samples)))}
     assert set(names) == {"scale", "scale-latency", "scale-growth"}
-    assert "Template of 100,000" in names["scale-growth"].svg
+    drawn = re.findall(r"<text[^>]*>([^<]*)</text>", names["scale-growth"].svg)
+    assert {"Template of 10,000 entries", "Template of 100,000 entries", "lstat, N containers", "containers"} <= set(
+        drawn
+    )
+    assert {"Template of N entries: lstat, 1 containers", "entries", "500,000"} <= set(drawn)
+    assert {"lstat: directory of N files", "files", "1,000"} <= set(drawn)  # alone in its panel, so in no legend
 
 
 # Markdown

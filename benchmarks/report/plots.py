@@ -162,32 +162,64 @@ def clients_canvas(view: View, group: str) -> Canvas | None:
     return canvas
 
 
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """A panel: a quantity by the number of ``counted`` things, for each workload by its title."""
+
+    title: str
+    counted: str
+    workloads: dict[str, dict[int, Figure]]
+
+
 def growth_canvas(view: View, group: str) -> Canvas | None:
-    """How cost grows with the number that a step's name ends in (``lookup-50``): a line for each system and workload, a
-    point for each round. None where no two steps differ in that number only."""
-    families: dict[str, dict[str, dict[int, Figure]]] = defaultdict(lambda: defaultdict(dict))
-    for figure in _figures(view, group) if group == GROWTH_GROUP else []:
-        if found := re.fullmatch(r"(.+)-(\d+)", figure.step):
-            families[found[1]][figure.workload][int(found[2])] = figure
-    chosen = [(name, workloads) for name, workloads in families.items() if any(len(x) > 1 for x in workloads.values())]
+    """How cost grows with a template's size, and with the number that a step's name ends in (``lookup-50``): a line
+    for each system and workload, a point for each round. None where nothing differs in a number only."""
+    chosen = [*_by_workload(view, group), *_by_step(view, group)] if group == GROWTH_GROUP else []
     if not chosen:
         return None
-    canvas = Canvas(figsize=(PANEL_WIDTH * 1.2 * len(chosen), 4.2 + HEAD_HEIGHT), layout="constrained")
-    grid: Any = canvas.subplots(1, len(chosen), squeeze=False)
+    columns = min(COLUMNS, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    canvas = Canvas(figsize=(PANEL_WIDTH * 1.2 * columns, 4.2 * rows + HEAD_HEIGHT), layout="constrained")
+    grid: Any = canvas.subplots(rows, columns, squeeze=False)
     colours = _system_colours(view)
-    for axes, (name, workloads) in zip(grid.flat, chosen, strict=True):
-        _draw_growth(axes, view, workloads, colours)
-        axes.set_title(_fold(name), loc="left", fontsize=9)
-    titles = dict.fromkeys(
-        figures[0].workload_title for _, w in chosen for x in w.values() if (figures := [*x.values()])
-    )
+    titles = dict.fromkeys(title for growth in chosen if len(growth.workloads) > 1 for title in growth.workloads)
+    styles = {title: STYLES[turn % len(STYLES)] for turn, title in enumerate(titles)}
+    for axes, growth in zip(grid.flat, chosen, strict=False):
+        _draw_growth(axes, view, growth, colours, styles)
+    for axes in list(grid.flat)[len(chosen) :]:
+        axes.set_visible(False)
     handles = [Line2D([], [], color=colour, label=_name(name)) for name, colour in colours.items()]
-    handles += [
-        Line2D([], [], color=INK, linestyle=STYLES[turn % len(STYLES)], label=_name(title))
-        for turn, title in enumerate(titles)
-    ]
+    handles += [Line2D([], [], color=INK, linestyle=style, label=_name(title)) for title, style in styles.items()]
     canvas.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False)
     return canvas
+
+
+def _by_workload(view: View, group: str) -> list[Growth]:
+    """A step that at least three workloads have whose titles differ in their number only: sizes of a template."""
+    growths: dict[tuple[str, str], Growth] = {}
+    for figure in _figures(view, group):
+        if found := re.search(r"\b(\d[\d,]*) (\w+)", figure.workload_title):
+            title = figure.workload_title.replace(found[1], "N")
+            growth = growths.setdefault((title, figure.step), Growth(figure.title, found[2], {title: {}}))
+            growth.workloads[title][int(found[1].replace(",", ""))] = figure
+    return [growth for growth in growths.values() if all(len(figures) > 2 for figures in growth.workloads.values())]
+
+
+def _by_step(view: View, group: str) -> list[Growth]:
+    """Steps whose titles differ in their number only, of one workload or of several."""
+    steps: dict[tuple[str, str], dict[int, Figure]] = defaultdict(dict)
+    for figure in _figures(view, group):
+        if found := re.fullmatch(r"(.+)-(\d+)", figure.step):
+            steps[figure.workload, found[1]][int(found[2])] = figure
+    growths: dict[str, Growth] = {}
+    for figures in steps.values():
+        most = max(figures)
+        number = re.compile(rf"\b{most:,}(?= (\w+)|\b)")
+        counted = number.search(figures[most].title)
+        title = number.sub("N", figures[most].title)
+        growth = growths.setdefault(title, Growth(title, (counted and counted[1]) or "N", {}))
+        growth.workloads[figures[most].workload_title] = figures
+    return [growth for growth in growths.values() if any(len(figures) > 1 for figures in growth.workloads.values())]
 
 
 @contextmanager
@@ -341,10 +373,11 @@ def _draw_clients(axes: Axes, view: View, figure: Figure, condition: str, colour
     _scale(axes, values, axis="y")
 
 
-def _draw_growth(axes: Axes, view: View, workloads: dict[str, dict[int, Figure]], colours: dict[str, str]) -> None:
+def _draw_growth(axes: Axes, view: View, growth: Growth, colours: dict[str, str], styles: dict[str, Any]) -> None:
     values: list[float] = []
     unit = ""
-    for turn, steps in enumerate(workloads.values()):
+    alone = len(growth.workloads) == 1
+    for workload, steps in growth.workloads.items():
         for system, colour in colours.items():
             middles = []
             for number, figure in sorted(steps.items()):
@@ -356,11 +389,15 @@ def _draw_growth(axes: Axes, view: View, workloads: dict[str, dict[int, Figure]]
                     values += found
                     axes.scatter([number] * len(found), found, s=9, color=colour, alpha=0.6, linewidths=0)
                     middles.append((number, median(found)))
-            style = STYLES[turn % len(STYLES)]
+            style = STYLES[0] if alone else styles[workload]
             axes.plot([x for x, _ in middles], [y for _, y in middles], color=colour, linestyle=style, linewidth=1.2)
     axes.set_xscale("log")
-    numbers = sorted({number for steps in workloads.values() for number in steps})
-    axes.set_xticks(numbers, [str(number) for number in numbers])
+    numbers = sorted({number for steps in growth.workloads.values() for number in steps})
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axes.set_xlabel(_name(growth.counted), fontsize=8)
+    axes.set_title(
+        _fold(f"{next(iter(growth.workloads))}: {growth.title}" if alone else growth.title), loc="left", fontsize=9
+    )
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel(f"{_name(unit) or 'time per operation'}   (↓ less is better)", fontsize=8)
     _scale(axes, values, axis="y", unit="" if unit else "s")
