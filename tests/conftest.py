@@ -7,6 +7,7 @@ before the folder goes; nothing else on the machine is touched.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import stat
@@ -197,12 +198,16 @@ def _serves(pid: int) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def umask() -> Iterator[None]:
-    """Nobody else's: a tree that is used in this process sets it."""
-    before = os.umask(0o022)
+def settings_of_this_process() -> Iterator[None]:
+    """As they were: a tree that is used in this process sets the umask, an engine how seldom garbage is collected."""
+    before, threshold = os.umask(0o022), gc.get_threshold()
     os.umask(before)
     yield
     os.umask(before)
+    if gc.get_threshold() != threshold:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
+        gc.collect()
 
 
 @pytest.fixture

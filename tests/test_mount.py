@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -245,6 +246,21 @@ def test_the_server_holds_nothing_of_its_starter(rig: Rig) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- ending
+
+
+def test_a_process_with_many_descriptors_mounts(rig: Rig) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(1100):  # select(2) ends at 1023
+                stack.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+            container = rig.container()
+            root = container.mount()
+            assert (root / "etc/motd").read_text() == "from the template\n"
+            container.umount()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_killed_and_mounted_again_at_the_same_place(rig: Rig) -> None:

@@ -153,7 +153,9 @@ def _read_report(fd: int, timeout_s: float) -> dict[str, object] | None:
     """The serving process's report, ``None`` after ``timeout_s``; its silent death is a report, too."""
     data = b""
     end = time.monotonic() + timeout_s
-    while select.select([fd], [], [], max(0.0, end - time.monotonic()))[0]:
+    poll = select.poll()  # select(2) knows no descriptor above 1023, and the caller may have many
+    poll.register(fd, select.POLLIN)
+    while poll.poll(max(0.0, end - time.monotonic()) * 1000):
         chunk = os.read(fd, 65536)
         data += chunk
         if data.endswith(b"\n"):

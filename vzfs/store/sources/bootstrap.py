@@ -127,11 +127,12 @@ def _follow(process: subprocess.Popen[bytes], last: deque[str], progress: Progre
     """Hand on lines until debootstrap ends; a daemon that a package started may keep the pipe open longer."""
     assert process.stdout is not None
     fd = process.stdout.fileno()
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
     rest = b""
     count = 0
     while True:
-        ready, _, _ = select.select([fd], [], [], 0.5)
-        if not ready:
+        if not poll.poll(500):
             if _has_ended(process):
                 return
             continue
