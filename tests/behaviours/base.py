@@ -27,7 +27,7 @@ FEATURES = frozenset(
     }
 )
 
-# A behaviour takes milliseconds on ext4, the one with 30,000 entries seconds, on a busy machine ten times that;
+# A behaviour takes milliseconds on ext4, the one with 100,000 entries seconds, on a busy machine ten times that;
 # what takes longer than this hangs.
 TIME_LIMIT = 600.0
 
