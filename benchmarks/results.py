@@ -119,6 +119,11 @@ class SystemInfo:
     """What a user could pick instead of vzfs: not ext4, not vzfs."""
 
 
+SKIPPED = "skipped"
+WRONG = ("failed", "differs")
+"""Kinds of problems, the worst first, that are a fault of a system or of the suite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What didn't work: a failed or skipped workload, or answers that differ from ext4's."""

@@ -15,14 +15,11 @@ from rich.table import Table
 from benchmarks import conditions
 from benchmarks.machine import commit, machine, versions
 from benchmarks.plan import Plan
-from benchmarks.results import Problem, Run, Sample, SystemInfo
+from benchmarks.results import WRONG, Problem, Run, Sample, SystemInfo
 from benchmarks.runner import Findings, Probe, Runner, figures, no_probe
 from benchmarks.statistics import summary
 from benchmarks.supervise import uninterrupted, worker_folder
 from benchmarks.systems import SYSTEMS
-
-PROBLEMS = ("failed", "differs")
-"""Kinds of problems that make a run's exit code tell of them."""
 
 
 def measure(plan: Plan, exit_problems: int) -> int:
@@ -64,7 +61,7 @@ def measure(plan: Plan, exit_problems: int) -> int:
                 _write(plan.output, result.as_json())
     tell(console, result)
     console.print(f"results: {plan.output}", markup=False, highlight=False, soft_wrap=True)
-    return exit_problems if any(problem.kind in PROBLEMS for problem in result.problems) else 0
+    return exit_problems if any(problem.kind in WRONG for problem in result.problems) else 0
 
 
 def probe(plan: Plan) -> tuple[Probe, dict[str, str]]:
@@ -190,7 +187,7 @@ def _gathered(problems: Iterable[Problem]) -> Iterator[tuple[str, str, str]]:
     places: dict[tuple[str, str], dict[str, None]] = {}
     for problem in problems:
         where = f"{problem.workload} on {problem.system}" if problem.workload else "the suite"
-        if problem.kind in PROBLEMS and problem.workload:
+        if problem.kind in WRONG and problem.workload:
             where += (
                 f", {problem.step or 'start'}, {problem.condition}, {problem.clients} clients, round {problem.round}"
             )

@@ -229,6 +229,21 @@ def test_a_container_directory_with_an_odd_name(rig: Rig) -> None:
     container.umount()
 
 
+def test_a_process_with_many_descriptors_mounts(rig: Rig) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(1100):  # select(2) ends at 1023
+                stack.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+            container = rig.container()
+            root = container.mount()
+            assert (root / "etc/motd").read_text() == "from the template\n"
+            container.umount()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_the_server_holds_nothing_of_its_starter(rig: Rig) -> None:
     container = rig.container()
     here = rig.place / "here"
@@ -246,21 +261,6 @@ def test_the_server_holds_nothing_of_its_starter(rig: Rig) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- ending
-
-
-def test_a_process_with_many_descriptors_mounts(rig: Rig) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
-    try:
-        with contextlib.ExitStack() as stack:
-            for _ in range(1100):  # select(2) ends at 1023
-                stack.callback(os.close, os.open("/dev/null", os.O_RDONLY))
-            container = rig.container()
-            root = container.mount()
-            assert (root / "etc/motd").read_text() == "from the template\n"
-            container.umount()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_killed_and_mounted_again_at_the_same_place(rig: Rig) -> None:

@@ -146,15 +146,10 @@ def clients_canvas(view: View, group: str) -> Canvas | None:
     ]
     if not chosen:
         return None
-    columns = max(1, len(view.conditions))
-    rows = math.ceil(len(chosen) / columns)
-    canvas = Canvas(figsize=(PANEL_WIDTH * columns * 1.3, 2.6 * rows + HEAD_HEIGHT), layout="constrained")
-    grid: Any = canvas.subplots(rows, columns, squeeze=False)
+    canvas, panels = _panels(len(chosen), max(1, len(view.conditions)), PANEL_WIDTH * 1.3, 2.6)
     colours = _system_colours(view)
-    for axes, (figure, condition) in zip(grid.flat, chosen, strict=False):
+    for axes, (figure, condition) in zip(panels, chosen, strict=True):
         _draw_clients(axes, view, figure, condition, colours)
-    for axes in list(grid.flat)[len(chosen) :]:
-        axes.set_visible(False)
     handles = [
         Line2D([], [], color=colour, marker="o", markersize=4, label=_name(name)) for name, colour in colours.items()
     ]
@@ -177,17 +172,12 @@ def growth_canvas(view: View, group: str) -> Canvas | None:
     chosen = [*_by_workload(view, group), *_by_step(view, group)] if group == GROWTH_GROUP else []
     if not chosen:
         return None
-    columns = min(COLUMNS, len(chosen))
-    rows = math.ceil(len(chosen) / columns)
-    canvas = Canvas(figsize=(PANEL_WIDTH * 1.2 * columns, 4.2 * rows + HEAD_HEIGHT), layout="constrained")
-    grid: Any = canvas.subplots(rows, columns, squeeze=False)
+    canvas, panels = _panels(len(chosen), min(COLUMNS, len(chosen)), PANEL_WIDTH * 1.2, 4.2)
     colours = _system_colours(view)
     titles = dict.fromkeys(title for growth in chosen if len(growth.workloads) > 1 for title in growth.workloads)
     styles = {title: STYLES[turn % len(STYLES)] for turn, title in enumerate(titles)}
-    for axes, growth in zip(grid.flat, chosen, strict=False):
+    for axes, growth in zip(panels, chosen, strict=True):
         _draw_growth(axes, view, growth, colours, styles)
-    for axes in list(grid.flat)[len(chosen) :]:
-        axes.set_visible(False)
     handles = [Line2D([], [], color=colour, label=_name(name)) for name, colour in colours.items()]
     handles += [Line2D([], [], color=INK, linestyle=style, label=_name(title)) for title, style in styles.items()]
     canvas.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False)
@@ -260,6 +250,17 @@ def _shrink(svg: str, name: str) -> str:
         svg,
     )
     return re.sub(r"(<svg [^>]*>)", lambda match: f"{match[1]}<style>{rules}</style>", svg, count=1)
+
+
+def _panels(count: int, columns: int, width: float, height: float) -> tuple[Canvas, list[Axes]]:
+    """A canvas with ``count`` panels, each of so many inches, in rows; what remains of the last row is blank."""
+    rows = math.ceil(count / columns)
+    canvas = Canvas(figsize=(width * columns, height * rows + HEAD_HEIGHT), layout="constrained")
+    grid: Any = canvas.subplots(rows, columns, squeeze=False)
+    axes = list(grid.flat)
+    for blank in axes[count:]:
+        blank.set_visible(False)
+    return canvas, axes[:count]
 
 
 def _grid(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from benchmarks.results import Figure, Problem, Run, Sample, SystemInfo
+from benchmarks.results import SKIPPED, WRONG, Figure, Problem, Run, Sample, SystemInfo
 from benchmarks.statistics import Interval, Summary, median, ratio, summary
 from vzfs.errors import UsageError
 
@@ -19,8 +19,6 @@ LIMIT = "ext4"
 """The system that shows what the disk's own file system takes."""
 PERCENTILES = {"p50": ("p50", 2), "p99": ("p99", 100), "p999": ("p99.9", 1000)}
 """Field of ``Latency`` to name, and the number of operations from which at least one lies beyond it."""
-SKIPPED = "skipped"
-KINDS = ("failed", "differs")
 """Of problems; what this program doesn't know comes first."""
 
 
@@ -225,7 +223,7 @@ class View:
             )
             for one, turns in rounds.items()
         ]
-        return tuple(sorted(found, key=lambda trouble: KINDS.index(trouble.kind) if trouble.kind in KINDS else -1))
+        return tuple(sorted(found, key=lambda trouble: WRONG.index(trouble.kind) if trouble.kind in WRONG else -1))
 
     @cached_property
     def skips(self) -> tuple[Skipped, ...]:
