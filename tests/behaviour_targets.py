@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from tests.behaviours import BEHAVIOURS, FEATURES, Behaviour, plant
 from tests.engines import ENGINES, EngineStore
@@ -19,8 +19,10 @@ from vzfs import Container
 
 # What libfuse 3.14 and pyfuse3 do not pass on. SEEK_HOLE then finds one hole, at the end; the others are refused.
 _LACKING = {"pyfuse3": {"fallocate", "getflags", "seek-hole", "tmpfile"}, "direct": set[str]()}
-# What files of the template lack: a folded directory moves as one link, and on direct readers keep the template's data.
-_TEMPLATES = {"pyfuse3": {"directory-ctime"}, "direct": {"directory-ctime", "coherent-readers"}}
+# What files of the template lack: a folded directory moves as one link.
+_TEMPLATE = {"directory-ctime"}
+# What those that are passed through lack: readers keep the template's data.
+_PASSED = {*_TEMPLATE, "coherent-readers"}
 
 
 class Target(Protocol):
@@ -66,6 +68,7 @@ class _MountTarget:
     """A container mounted for the whole session, on a store of its own."""
 
     kind: str
+    _options: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, engine: str, tmp_path: Path) -> None:
         self.name = name_of(engine, self.kind)
@@ -78,7 +81,7 @@ class _MountTarget:
         store = EngineStore(self._root, self._engine)
         store.create_template("behaviours", str(template_tree))
         self._container = store.create(101, template="behaviours")
-        return self._container.mount()
+        return self._container.mount(**self._options)
 
     def close(self) -> None:
         if self._container is not None:
@@ -109,7 +112,7 @@ class MountTemplate(_MountTarget):
 
     def __init__(self, engine: str, tmp_path: Path) -> None:
         super().__init__(engine, tmp_path)
-        self.features -= _TEMPLATES[engine]
+        self.features -= _TEMPLATE
 
     def prepare(self, behaviours: Iterable[Behaviour]) -> Mapping[str, Path]:
         source = self._root.parent / "source"
@@ -119,6 +122,17 @@ class MountTemplate(_MountTarget):
         return {name: top / name for name in planted}
 
 
+class MountPassed(MountTemplate):
+    """The same with every file of the template passed through, as large ones are."""
+
+    kind = "passed"
+    _options: ClassVar[Mapping[str, int]] = {"passthrough_above": 0}
+
+    def __init__(self, engine: str, tmp_path: Path) -> None:
+        super().__init__(engine, tmp_path)
+        self.features -= _PASSED
+
+
 Factory = Callable[[Path], Target]
 
 # Every target there is, by name; all run unless VZFS_BEHAVIOUR_TARGETS says otherwise.
@@ -126,6 +140,15 @@ FACTORIES: dict[str, Factory] = {PlainTarget.name: PlainTarget} | {
     name_of(engine, target.kind): partial(target, engine)
     for engine in ENGINES
     for target in (MountFresh, MountTemplate)
+}
+if "direct" in ENGINES:
+    FACTORIES[name_of("direct", MountPassed.kind)] = partial(MountPassed, "direct")
+
+# The groups of behaviours that say something of a target which differs from another in what happens to open files only.
+GROUPS = {
+    name_of("direct", MountPassed.kind): frozenset(
+        {"data", "exec", "links", "locks", "permissions", "rename", "times", "unlinked", "xattrs"}
+    )
 }
 
 

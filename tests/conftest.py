@@ -197,6 +197,20 @@ def _serves(pid: int) -> bool:
 # ------------------------------------------------------------------------------------------------------------ fixtures
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out behaviours that say nothing of their target, see ``GROUPS``."""
+    items[:] = [item for item in items if not _says_nothing(item)]
+
+
+def _says_nothing(item: pytest.Item) -> bool:
+    call = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    from tests.behaviour_targets import GROUPS  # not before their assertions are rewritten
+    from tests.behaviours import BEHAVIOURS
+
+    groups = GROUPS.get(str(call.get("prepared")))
+    return groups is not None and BEHAVIOURS[str(call["name"])].group not in groups
+
+
 @pytest.fixture(autouse=True)
 def settings_of_this_process() -> Iterator[None]:
     """As they were: a tree that is used in this process sets the umask, an engine how seldom garbage is collected."""

@@ -33,7 +33,6 @@ from vzfs.fuse import wire
 from vzfs.fuse.direct import MAX_WRITE, WANTED, Engine
 from vzfs.fuse.state import State
 from vzfs.fuse.wire import Opcode
-from vzfs.tree.node import Readers
 from vzfs.tree.tree import Tree
 
 SILENT = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY}
@@ -59,7 +58,7 @@ class Rig:
         def changed(number: int) -> None:
             self._engine.changed(number)
 
-        self._tree = Tree(store.layout, container.path, readers=Readers.KEEP, changed=changed)
+        self._tree = Tree(store.layout, container.path, passthrough_above=0, changed=changed)
         self._engine = Engine(self._tree, device.fileno(), self._state)
         receive = self._engine._device.receive
 

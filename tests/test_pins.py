@@ -14,8 +14,8 @@ import pytest
 from tests.realuse_helpers import loop_mounted
 from vzfs import Container, Store
 from vzfs.tree.core import SLOW_COPY
-from vzfs.tree.node import ROOT_NUMBER, Readers
-from vzfs.tree.pins import PINS
+from vzfs.tree.durable import DURABLE_WORDS, PINS, Durable
+from vzfs.tree.node import ROOT_NUMBER
 from vzfs.tree.tree import ROOT, Changes, Tree
 
 DATA = b"container's data"
@@ -33,12 +33,12 @@ def container(tmp_path: Path) -> Container:
 
 @pytest.fixture
 def slots() -> list[int]:
-    return [0] * PINS
+    return [0] * DURABLE_WORDS
 
 
 @pytest.fixture
 def tree(container: Container, slots: list[int]) -> Iterator[Tree]:
-    tree = Tree(container.store.layout, container.path, readers=Readers.KEEP, pins=slots)
+    tree = Tree(container.store.layout, container.path, passthrough_above=0, durable=slots)
     yield tree
     tree.close()
 
@@ -80,7 +80,7 @@ def test_it_has_no_name_and_stays_usable_until_it_is_forgotten(
     number = make(tree, b"own")
     tree.unlink(ROOT_NUMBER, b"own")
     assert orphans(container) == []
-    assert [slot for slot in slots if slot] == [number]
+    assert [number for number, _ in Durable(slots).pinned()] == [number]
     told = tree.getattr(number)
     assert (told.nlink, told.size, stat.S_ISREG(told.mode)) == (0, len(DATA), True)
     assert read(tree, number) == DATA
@@ -97,7 +97,7 @@ def test_it_has_no_name_and_stays_usable_until_it_is_forgotten(
     expect(errno.ENODATA, tree.getxattr, number, b"user.a")
     expect(errno.ENOENT, tree.link, number, ROOT_NUMBER, b"again")
     tree.forget(number, 1)
-    assert not any(slots)
+    assert not list(Durable(slots).pinned())
     assert descriptors() == before
     expect(errno.ESTALE, tree.getattr, number)
 
@@ -164,11 +164,11 @@ def test_what_is_too_many_gets_a_name(tree: Tree, container: Container, slots: l
     for count in range(PINS + 3):
         numbers.append(make(tree, b"%d" % count))
         tree.unlink(ROOT_NUMBER, b"%d" % count)
-    assert all(slots)
+    assert len(list(Durable(slots).pinned())) == PINS
     assert sorted(orphans(container)) == sorted(map(str, numbers[PINS:]))
     for number in numbers:
         tree.forget(number, 1)
-    assert not any(slots)
+    assert not list(Durable(slots).pinned())
     assert orphans(container) == []
     assert descriptors() == before
 
@@ -199,7 +199,7 @@ def test_a_failed_unlink_keeps_nothing(tree: Tree, slots: list[int], monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", fail)
         expect(errno.EIO, tree.unlink, ROOT_NUMBER, b"own")
-    assert (any(slots), descriptors()) == (False, before)
+    assert (any(Durable(slots).pinned()), descriptors()) == (False, before)
     assert tree.getattr(number).nlink == 1
     tree.unlink(ROOT_NUMBER, b"own")
 
@@ -211,16 +211,17 @@ def test_a_successor_gives_no_new_file_the_same_number_and_generation(tmp_path: 
         store = Store(there / "store")
         store.create_template("t", str(tmp_path / "source"))
         container = store.create(101, template="t")
-        dead = Tree(store.layout, container.path, readers=Readers.KEEP, pins=slots)
+        dead = Tree(store.layout, container.path, passthrough_above=0, durable=slots)
         kept = [make(dead, b"own%d" % count) for count in range(20)]
         for count in range(20):
             dead.unlink(ROOT_NUMBER, b"own%d" % count)
         shared = list(slots)
         dead.close()  # as its death does, this closes its descriptors; only what it shared is left
-        tree = Tree(store.layout, container.path, readers=Readers.KEEP, resume=True, pins=shared)
+        tree = Tree(store.layout, container.path, passthrough_above=0, resume=True, durable=shared)
         for number in kept:
             assert tree.getattr(number).nlink == 0
-            with pytest.raises(OSError, match="is a directory"):  # nobody knows any more what it was
+            assert stat.S_ISREG(tree.getattr(number).mode)
+            with pytest.raises(OSError, match="the node is gone"):  # what was in it went with the descriptor
                 tree.data_of(number, os.O_RDONLY)
         reused = 0
         for count in range(30):
@@ -231,5 +232,5 @@ def test_a_successor_gives_no_new_file_the_same_number_and_generation(tmp_path: 
         assert reused
         for number in kept:
             tree.forget(number, 1)
-        assert not any(shared)
+        assert not list(Durable(shared).pinned())
         tree.close()

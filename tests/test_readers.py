@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from vzfs import Store
-from vzfs.tree.node import Readers
+from vzfs.tree.node import Node
 from vzfs.tree.tree import Changes, Tree
 
 OLD, NEW = b"template's data", b"container's data"
-OpenTree = Callable[[Readers], Tree]
+OpenTree = Callable[[int | None], Tree]
+SERVED, PASSED = None, 0
+"""Everything comes to the engine; every template file is read by the kernel itself, however small."""
 
 
 @pytest.fixture
@@ -27,7 +29,29 @@ def open_tree(tmp_path: Path) -> OpenTree:
     store = Store(tmp_path / "store")
     store.create_template("t", str(source))
     container = store.create(101, template="t")
-    return lambda readers: Tree(store.layout, container.path, readers=readers)
+    return lambda above: Tree(store.layout, container.path, passthrough_above=above)
+
+
+def passed(tree: Tree, number: int) -> Node:
+    """Open the node by passthrough."""
+    with tree.lock:
+        node = tree.keep(number)
+        node.passed += 1
+        return node
+
+
+def closed(tree: Tree, node: Node) -> None:
+    with tree.lock:
+        node.passed -= 1
+        tree.let_go(node)
+
+
+def data(tree: Tree, number: int) -> bytes:
+    fd, _ = tree.data_of(number, os.O_RDONLY)
+    try:
+        return os.pread(fd, 100, 0)
+    finally:
+        os.close(fd)
 
 
 def number_of(tree: Tree, name: bytes) -> int:
@@ -40,7 +64,7 @@ def number_of(tree: Tree, name: bytes) -> int:
 
 @pytest.mark.parametrize("name", [b"f", b"g"])
 def test_shared_readers_see_the_copy(open_tree: OpenTree, name: bytes) -> None:
-    tree = open_tree(Readers.SHARE)
+    tree = open_tree(SERVED)
     number = number_of(tree, name)
     reader = tree.open(number, os.O_RDONLY)
     writer = tree.open(number, os.O_WRONLY)
@@ -52,10 +76,10 @@ def test_shared_readers_see_the_copy(open_tree: OpenTree, name: bytes) -> None:
 
 @pytest.mark.parametrize("name", [b"f", b"g"])
 def test_kept_readers_keep_the_template(open_tree: OpenTree, name: bytes) -> None:
-    tree = open_tree(Readers.KEEP)
+    tree = open_tree(PASSED)
     number = number_of(tree, name)
     before = tree.getattr(number)
-    reader = tree.open(number, os.O_RDONLY)
+    reader = passed(tree, number)
     with pytest.raises(OSError) as refusal:
         tree.open(number, os.O_WRONLY)
     assert refusal.value.errno == errno.ESTALE
@@ -65,42 +89,43 @@ def test_kept_readers_keep_the_template(open_tree: OpenTree, name: bytes) -> Non
     assert tree.getattr(copy).ino == before.ino
     writer = tree.open(copy, os.O_WRONLY)
     os.pwrite(writer.fd, NEW, 0)
-    assert os.pread(reader.fd, 100, 0) == OLD
+    assert data(tree, number) == OLD
     assert tree.getattr(number) == before
     late = tree.open(copy, os.O_RDONLY)
     assert os.pread(late.fd, 100, 0) == NEW
 
-    tree.release(reader.number)
+    closed(tree, reader)
     tree.forget(number, 1)
     assert number_of(tree, name) == copy
     tree.close()
 
-    tree = open_tree(Readers.KEEP)
+    tree = open_tree(PASSED)
     assert number_of(tree, name) == copy
     assert tree.getattr(copy).ino == before.ino
     assert tree.getattr(copy).size == len(NEW)
     tree.close()
 
-    tree = open_tree(Readers.SHARE)
+    tree = open_tree(SERVED)
     assert number_of(tree, name) == number
     tree.close()
 
 
 def test_truncation_past_kept_readers_asks_to_look_again(open_tree: OpenTree) -> None:
-    tree = open_tree(Readers.KEEP)
+    tree = open_tree(PASSED)
     number = number_of(tree, b"f")
-    reader = tree.open(number, os.O_RDONLY)
+    reader = passed(tree, number)
+    assert reader.is_open
     with pytest.raises(OSError) as refusal:
         tree.setattr(number, Changes(size=3))
     assert refusal.value.errno == errno.ESTALE
     copy = number_of(tree, b"f")
     assert tree.setattr(copy, Changes(size=3)).size == 3
-    assert os.pread(reader.fd, 100, 0) == OLD
+    assert data(tree, number) == OLD
     tree.close()
 
 
 def test_without_readers_nothing_is_split(open_tree: OpenTree) -> None:
-    tree = open_tree(Readers.KEEP)
+    tree = open_tree(PASSED)
     number = number_of(tree, b"f")
     writer = tree.open(number, os.O_WRONLY)
     os.pwrite(writer.fd, NEW, 0)

@@ -24,6 +24,7 @@ import pytest
 
 from vzfs.errors import FullError, SourceError, UnsupportedError, UsageError
 from vzfs.store import sys as calls
+from vzfs.store.acl import is_minimal
 from vzfs.store.sources import SourceOptions, acl, directory, populate
 
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # VFS_CAP_REVISION_2, effective, cap_net_raw
@@ -729,8 +730,8 @@ def test_acl_text(text: bytes) -> None:
 
 def test_acl_text_that_says_nothing() -> None:
     assert acl.parse(b"\n \n", nobody, nobody) == b""
-    assert acl.is_minimal(acl.parse(b"u::rw-,g::r--,o::r--", nobody, nobody))
-    assert not acl.is_minimal(EXAMPLE_ACL)
+    assert is_minimal(acl.parse(b"u::rw-,g::r--,o::r--", nobody, nobody))
+    assert not is_minimal(EXAMPLE_ACL)
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ import pytest
 
 from vzfs import Container, Store
 from vzfs.store import sys as calls
-from vzfs.store.index import Attributes
+from vzfs.store.index import LIFETIME_S, Attributes
 from vzfs.store.layout import ORIGIN_XATTR
 from vzfs.store.opened import SPLIT_XATTR
 from vzfs.tree.listing import END, REAL_OFFSETS
-from vzfs.tree.node import ROOT_NUMBER, Entry, Readers
+from vzfs.tree.node import ROOT_NUMBER, Entry
 from vzfs.tree.tree import ROOT, Caller, Changes, Tree
 
 USER = Caller(1000, 1001, 0o022)
@@ -60,7 +60,7 @@ def opening(container: Container) -> Iterator[Opening]:
 
     def opening(*, resume: bool = False, changed: Callable[[int], None] | None = None) -> Tree:
         layout = container.store.layout
-        trees.append(Tree(layout, container.path, readers=Readers.KEEP, resume=resume, changed=changed))
+        trees.append(Tree(layout, container.path, passthrough_above=0, resume=resume, changed=changed))
         return trees[-1]
 
     yield opening
@@ -76,15 +76,15 @@ _died: list[Tree] = []
 def hold(tree: Tree, number: int) -> None:
     """Open the node as an engine with passthrough does: by a count of its own."""
     with tree.lock:
-        tree.keep(number).held += 1
+        tree.keep(number).passed += 1
 
 
 def unhold(tree: Tree, number: int) -> None:
     """Close it again; with the last one the engine has no use for it any more."""
     with tree.lock:
         node = tree.keep(number)
-        node.held -= 1
-        if not node.held:
+        node.passed -= 1
+        if not node.passed:
             tree.let_go(node)
 
 
@@ -524,7 +524,7 @@ def test_a_held_reader_keeps_the_template(tree: Tree) -> None:
     assert read(tree, copy) == NEW
     unhold(tree, number)
     tree.forget(number, 1)
-    assert tree.lookup(ROOT_NUMBER, b"f") == (copy, 0, tree.getattr(copy))
+    assert tree.lookup(ROOT_NUMBER, b"f") == (copy, 0, tree.getattr(copy), LIFETIME_S)
 
 
 def test_without_a_holder_nothing_is_split(tree: Tree) -> None:
@@ -669,7 +669,7 @@ def test_an_engine_whose_readers_share_gives_a_split_copy_its_inode_number(
 
 
 def test_check_knows_the_mark_of_a_split_copy(container: Container) -> None:
-    tree = Tree(container.store.layout, container.path, readers=Readers.KEEP)
+    tree = Tree(container.store.layout, container.path, passthrough_above=0)
     number = number_of(tree, "f")
     hold(tree, number)
     write_refused(tree, number)

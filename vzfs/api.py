@@ -212,20 +212,30 @@ class Container:
         sync: str = "data",
         log: str | None = None,
         busy_poll_us: int = 0,
+        passthrough_above: int | None = None,
         timeout: float = 10.0,
     ) -> Path:
         """Mount it, served by a process of its own, and return where when the root is usable.
 
         ``engine`` is ``auto`` (direct where this machine can, else pyfuse3), ``direct`` or ``pyfuse3``.
         ``busy_poll_us`` is for how many microseconds the direct engine looks for the next request before it sleeps,
-        which costs CPU. ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``.
+        which costs CPU. ``passthrough_above`` is the size in bytes (64 KiB) above which it lets the kernel read a
+        template's file by itself: such a file is in memory once for all containers, but who reads it while another
+        program first changes it keeps the old one.
+        ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``.
         ``log`` is a file (``vzfs.log`` in the container), ``journal`` or ``-``; ``timeout`` is in seconds. Raises
         ``BusyError`` when it is mounted already, ``UsageError``, ``UnsupportedError``, ``DamagedError``,
         ``NotFoundError`` (its template).
         """
         _need_root()
         order = self._order(
-            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll_us
+            mountpoint,
+            read_only=read_only,
+            engine=engine,
+            sync=sync,
+            log=log,
+            busy_poll_us=busy_poll_us,
+            passthrough_above=passthrough_above,
         )
         mounts.start(order, timeout)
         return Path(str(order["mountpoint"]))
@@ -239,13 +249,20 @@ class Container:
         sync: str = "data",
         log: str | None = "-",
         busy_poll_us: int = 0,
+        passthrough_above: int | None = None,
     ) -> None:
         """Mount it and serve it in this process's main thread until it is unmounted, or SIGTERM or SIGINT comes."""
         from vzfs.fuse.serve import Order, serve
 
         _need_root()
         order = self._order(
-            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll_us
+            mountpoint,
+            read_only=read_only,
+            engine=engine,
+            sync=sync,
+            log=log,
+            busy_poll_us=busy_poll_us,
+            passthrough_above=passthrough_above,
         )
         serve(Order(**order))  # type: ignore[arg-type]
 
@@ -258,8 +275,13 @@ class Container:
         sync: str,
         log: str | None,
         busy_poll_us: int,
+        passthrough_above: int | None,
     ) -> dict[str, object]:
         _check_busy_poll(busy_poll_us, engine)
+        if passthrough_above is None:
+            passthrough_above = mounts.PASSTHROUGH_ABOVE
+        elif passthrough_above < 0:
+            raise UsageError(f"no file has {passthrough_above} bytes", remedy="choose 0 or more for passthrough-above")
         where = os.path.abspath(mountpoint) if mountpoint is not None else str(self.mountpoint)
         return {
             "root": str(self.store.root),
@@ -269,6 +291,7 @@ class Container:
             "read_only": read_only,
             "sync": sync,
             "busy_poll_us": busy_poll_us,
+            "passthrough_above": passthrough_above,
             "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / "vzfs.log"),
         }
 

@@ -253,6 +253,13 @@ def _protocol(one: Status) -> str:
     help="How long the direct engine looks for the next request before it sleeps. Costs CPU.  [default: 0, not at all]",
 )
 @click.option(
+    "--passthrough-above",
+    metavar="BYTES",
+    type=int,
+    help="Size above which the direct engine shares a template's file in memory with other containers; who has such a "
+    "file open keeps the old one when it is first changed.  [default: 65536]",
+)
+@click.option(
     "--sync",
     type=click.Choice(["none", "data", "full"]),
     default="data",
@@ -270,6 +277,7 @@ def mount(
     read_only: bool,
     engine: str,
     busy_poll: int,
+    passthrough_above: int | None,
     sync: str,
     foreground: bool,
     log: str | None,
@@ -281,10 +289,24 @@ def mount(
     container = open_store(ctx).container(ct_id)
     if foreground:
         container.serve(
-            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log or "-", busy_poll_us=busy_poll
+            mountpoint,
+            read_only=read_only,
+            engine=engine,
+            sync=sync,
+            log=log or "-",
+            busy_poll_us=busy_poll,
+            passthrough_above=passthrough_above,
         )
         return
-    where = container.mount(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll)
+    where = container.mount(
+        mountpoint,
+        read_only=read_only,
+        engine=engine,
+        sync=sync,
+        log=log,
+        busy_poll_us=busy_poll,
+        passthrough_above=passthrough_above,
+    )
     if wants_json(ctx):
         print_json(_row(container))
         return

@@ -25,3 +25,25 @@ def has_capability(client: int, capability: int) -> bool:
     except OSError:
         pass
     return False
+
+
+def user_of(client: int) -> int:
+    """The effective user of thread ``client``; -1 as 32 bits when it has ended or can't be seen."""
+    try:
+        return os.stat(f"/proc/{client}").st_uid
+    except OSError:
+        return 0xFFFFFFFF
+
+
+def in_group(client: int, gid: int) -> bool:
+    """Whether thread ``client`` is in the group, as this process numbers groups."""
+    try:
+        with open(f"/proc/{client}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"Gid:") and int(line.split()[4]) == gid:
+                    return True
+                if line.startswith(b"Groups:"):
+                    return gid in map(int, line.split()[1:])
+    except OSError:
+        pass
+    return False

@@ -24,12 +24,12 @@ from collections.abc import Callable
 
 from vzfs.errors import UnsupportedError
 from vzfs.fuse import wire
-from vzfs.fuse.backing import BackingFiles
 from vzfs.fuse.device import MAX_WRITE, Device, ended
 from vzfs.fuse.follow import EVERY, Follower, Mode
 from vzfs.fuse.handlers import Answer, Handlers, RawHeader
+from vzfs.fuse.openfiles import OpenFiles
 from vzfs.fuse.resent import Resent
-from vzfs.fuse.state import BACKING, ERRORS, LAST_DONE, PAUSES, REQUESTS, SLOW, State
+from vzfs.fuse.state import ERRORS, LAST_DONE, OPEN, OPEN_TOP, PAUSES, REQUESTS, SLOW, State
 from vzfs.fuse.wire import InitFlag, Opcode
 from vzfs.fuse.workers import Workers
 from vzfs.tree.tree import Tree
@@ -118,7 +118,7 @@ class Engine:
         state.note(tree.counters)
         self._device = Device(fd, state.max_write)
         self._busy_poll_us = busy_poll_us
-        self._files = BackingFiles(self._device, tree, state.words[BACKING:])
+        self._files = OpenFiles(self._device, tree, state.words[OPEN:], state.words[OPEN_TOP : OPEN_TOP + 1])
         self._follower = Follower()
         self._workers = Workers(THREADS, self._follower.leave)
         self._answer = Handlers(tree, self._files, self._words, self._later).table()
@@ -127,7 +127,7 @@ class Engine:
 
     def changed(self, number: int) -> None:
         """To be called by the tree, under its lock, when a node's data is another object's from now on, or gone."""
-        self._files.forget(number)
+        self._files.changed(number)
 
     def resume(self) -> None:
         """Take over from a predecessor: what it had registered, and what it had read and not answered."""
@@ -143,7 +143,7 @@ class Engine:
         try:
             fd, own = self._tree.data_of(number, os.O_RDONLY)
         except OSError as error:
-            log.warning("node %d, which is open %d times by passthrough, is gone: %s", number, count, error)
+            log.warning("node %d, which is open %d times, is gone: %s", number, count, error)
             return
         os.close(fd)
         self._files.inherit(at, own=own)

@@ -5,9 +5,8 @@ Rules:
   the answer, or ``None`` when there is none or a worker will send it. It may raise ``OSError`` with the errno to
   answer.
 - What the index knows is answered by the index, without a system call; what takes long is done by a worker.
-- No state of an open file is kept in its handle: handle 0 is a file that the kernel reads and writes by itself, and a
-  successor of this process knows it by its node number. Other handles are the tree's, for files served by READ and
-  WRITE.
+- No state of an open file is kept in its handle: it is known by its node number, to a successor of this process as
+  well. The handle of who may write is a number that nobody else has, so that each is told of a failed flush once.
 """
 
 from __future__ import annotations
@@ -18,21 +17,22 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 from vzfs.fuse import wire
-from vzfs.fuse.backing import BackingFiles
-from vzfs.fuse.client import CAP_FSETID, CAP_SYS_ADMIN, has_capability
+from vzfs.fuse.client import CAP_FSETID, CAP_SYS_ADMIN, has_capability, in_group
 from vzfs.fuse.device import MAX_WRITE
+from vzfs.fuse.openfiles import OpenFiles
 from vzfs.fuse.state import ANSWERED
 from vzfs.fuse.wire import Opcode
 from vzfs.store import sys
-from vzfs.store.index import Attributes
-from vzfs.tree.node import Entry
+from vzfs.store.index import LIFETIME_S
+from vzfs.tree.node import Entry, Handle, Kind
 from vzfs.tree.tree import Caller, Changes, Tree
 
 RawHeader: TypeAlias = tuple[int, ...]
-Answer: TypeAlias = bytes | memoryview | None
+Answer: TypeAlias = bytes | bytearray | memoryview | None
 Handler: TypeAlias = Callable[[int, memoryview, RawHeader], Answer]
 Later: TypeAlias = Callable[..., Answer]
 
@@ -46,9 +46,12 @@ _MODE = 0o177777
 _FLAGS = 0x7FFFFFFF  # of open(2), an int
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
-_FALLBACK_FLAGS = wire.FOPEN_KEEP_CACHE | wire.FOPEN_NOFLUSH
 _INDEX, _TREE, _STORE = ANSWERED, ANSWERED + 1, ANSWERED + 2
 _DOTS = (b".", b"..")
+_SOMETHING = 0x1BF
+"""Bits of SETATTR's ``valid`` that change something: mode, owner, group, size and times. Without any of them the kernel
+tells that it is about to let somebody write who may not keep set-id bits, by passthrough too, or that chown(2) was
+called for nothing, which takes them as well (fs/fuse/dir.c and file_remove_privs in fs/inode.c)."""
 
 # <linux/fs.h>
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
@@ -62,7 +65,7 @@ class Handlers:
     """One mount's requests. ``later(header, function, *arguments)`` lets a worker answer with what the function gives;
     without a header nobody waits for that. ``words`` are the shared statistics."""
 
-    def __init__(self, tree: Tree, files: BackingFiles, words: memoryview, later: Later) -> None:
+    def __init__(self, tree: Tree, files: OpenFiles, words: memoryview, later: Later) -> None:
         self._tree = tree
         self._files = files
         self._words = words
@@ -96,7 +99,15 @@ class Handlers:
             return ready or wire.NO_ENTRY
         self._words[_STORE] += 1
         entry = self._tree.lookup(node, name)
-        return wire.NO_ENTRY if entry is None else _entry_out(entry)
+        return wire.NO_ENTRY if entry is None else self.entry_out(entry)
+
+    def entry_out(self, entry: Entry) -> bytes:
+        number, generation, attributes, name_s = entry
+        return wire.entry_out(number, generation, attributes, name_s, self.lifetime(number))
+
+    def lifetime(self, number: int) -> int:
+        """For how many seconds the attributes of the node are certain."""
+        return 0 if self._files.is_mapped(number) else LIFETIME_S
 
     def _forget(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         self._forget_one(node, wire.fields(wire.FORGET_IN, body)[0])
@@ -119,7 +130,7 @@ class Handlers:
             self._words[_INDEX] += 1
             return wire.ready_attr_out(ready)
         self._words[_STORE] += 1
-        return wire.attr_out(self._tree.getattr(node))
+        return wire.attr_out(self._tree.getattr(node), self.lifetime(node))
 
     def _statx(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         wire.fields(wire.STATX_IN, body)
@@ -127,7 +138,7 @@ class Handlers:
         return wire.statx_out(self._tree.getattr(node), self._tree.birth_time(node))
 
     def _setattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
-        (valid, _, handle, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = wire.fields(
+        (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = wire.fields(
             wire.SETATTR_IN, body
         )
         now = time.time_ns()
@@ -140,30 +151,30 @@ class Handlers:
             mtime_ns=_moment(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, now, mtime, mtime_ns),
         )
         self._words[_STORE] += 1
-        kill = bool(valid & wire.FATTR_KILL_SUIDGID)
-        known = handle if valid & wire.FATTR_FH and handle else None
+        kill = bool(valid & wire.FATTR_KILL_SUIDGID) or not valid & _SOMETHING
+        arguments = (node, changes, kill, header[PID])
         if changes.size is None:
             if self._tree.slow_to_change(node):
-                return self._later(header, self._set_attributes, node, changes, known, kill)
-            return self._set_attributes(node, changes, known, kill)
+                return self._later(header, self._set_attributes, *arguments)
+            return self._set_attributes(*arguments)
         if self._tree.slow_to_own(node, size=changes.size):
-            return self._later(header, self._by_name, self._set_attributes, node, header[PID], changes, known, kill)
-        return self._by_name(self._set_attributes, node, header[PID], changes, known, kill)
+            return self._later(header, self._by_name, self._set_attributes, node, header[PID], *arguments[1:])
+        return self._by_name(self._set_attributes, node, header[PID], *arguments[1:])
 
-    def _set_attributes(self, node: int, changes: Changes, handle: int | None, kill: bool) -> bytes:
-        attributes = self._tree.setattr(node, changes, handle)
-        if attributes.mode & _SET_ID:
-            self._files.guard(node)
-        if kill and changes.mode is None:
-            attributes = self._without_set_id(node, attributes)
-        return wire.attr_out(attributes)
+    def _set_attributes(self, node: int, changes: Changes, kill: bool, client: int) -> bytes:
+        if changes.mode is None and (kill or changes.uid is not None or changes.gid is not None):
+            changes = self._losing_set_id(node, changes, kill, client)
+        return wire.attr_out(self._tree.setattr(node, changes), self.lifetime(node))
 
-    def _without_set_id(self, node: int, attributes: Attributes) -> Attributes:
-        """Take setuid and setgid from a file that somebody else than root changes."""
-        kept = sys.without_set_id(attributes.mode)
-        if not stat.S_ISREG(attributes.mode) or kept == attributes.mode:
-            return attributes
-        return self._tree.setattr(node, Changes(mode=stat.S_IMODE(kept)))
+    def _losing_set_id(self, node: int, changes: Changes, kill: bool, client: int) -> Changes:
+        """The changes, with the mode that is left to a regular file by a writer or a new owner."""
+        now = self._tree.getattr(node)
+        if not stat.S_ISREG(now.mode) or not (kill or now.mode & _SET_ID):
+            return changes
+        mode = _left_of(now.mode, now.gid, client)
+        if not kill and mode & stat.S_ISGID:
+            return changes  # chown(2) in the store takes setuid and keeps this
+        return replace(changes, mode=stat.S_IMODE(mode))  # also if it stays the same: the change time moves
 
     def _readlink(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         self._words[_STORE] += 1
@@ -206,38 +217,44 @@ class Handlers:
         name = wire.name(body[wire.LINK_IN.size :])
         return self._changing(header, node, self._made, self._tree.link, number, node, name)
 
-    @staticmethod
-    def _made(make: Callable[..., Entry], *arguments: object) -> bytes:
-        return _entry_out(make(*arguments))
+    def _made(self, make: Callable[..., Entry], *arguments: object) -> bytes:
+        return self.entry_out(make(*arguments))
 
     def _create(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         flags, mode, umask, _ = wire.fields(wire.CREATE_IN, body)
         name = wire.name(body[wire.CREATE_IN.size :])
         caller = _caller(header, umask)
-        return self._changing(header, node, self._create_and_open, node, name, mode & _MODE, flags & _FLAGS, caller)
+        opening = (mode & _MODE, flags & _FLAGS, caller, header[UNIQUE], header[PID])
+        return self._changing(header, node, self._create_and_open, node, name, *opening)
 
-    def _create_and_open(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> bytes:
+    def _create_and_open(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller, request: int, client: int
+    ) -> bytes:
         handle, entry = self._tree.create(parent, name, mode, flags, caller)
-        return _entry_out(entry) + self._pass_through(handle.number, entry.number, handle.fd)
+        return self._opened(handle, entry, flags, request, client)
 
     def _tmpfile(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         flags, mode, umask, _ = wire.fields(wire.CREATE_IN, body)
         caller = _caller(header, umask)
-        return self._changing(header, node, self._make_nameless, node, mode & _MODE, flags & _FLAGS, caller)
+        opening = (mode & _MODE, flags & _FLAGS, caller, header[UNIQUE], header[PID])
+        return self._changing(header, node, self._make_nameless, node, *opening)
 
-    def _make_nameless(self, parent: int, mode: int, flags: int, caller: Caller) -> bytes:
+    def _make_nameless(self, parent: int, mode: int, flags: int, caller: Caller, request: int, client: int) -> bytes:
         handle, entry = self._tree.tmpfile(parent, mode, flags, caller)
-        return _entry_out(entry) + self._pass_through(handle.number, entry.number, handle.fd)
+        return self._opened(handle, entry, flags, request, client)
 
-    def _pass_through(self, handle: int, number: int, fd: int) -> bytes:
-        """The answer to who just opened the container's own file ``number``; its handle is given up if possible."""
-        with self._tree.lock:
-            backing = self._files.known.get(number) or self._files.register(number, fd, own=True)
-            if backing is None:
-                return wire.OPEN_OUT.pack(handle, _FALLBACK_FLAGS, 0)
-            answer = self._files.open(backing)
-            self._tree.release(handle)
-            return answer
+    def _opened(self, handle: Handle, entry: Entry, flags: int, request: int, client: int) -> bytes:
+        """The answer to who just made and opened, or opened, the container's own file ``entry``."""
+        try:
+            with self._tree.lock:
+                number = entry.number
+                file = self._files.known.get(number) or self._files.register(
+                    number, handle.fd, own=handle.node.kind is Kind.OWN, client=client
+                )
+                opened = self._files.open(file, flags, request)
+        finally:
+            self._tree.release(handle.number)
+        return self.entry_out(entry) + opened
 
     # ----------------------------------------------------------------------------------------- removing, moving names
 
@@ -271,7 +288,8 @@ class Handlers:
     def _rename_to(self, node: int, target: int, flags: int, names: memoryview, header: RawHeader) -> Answer:
         old, new = wire.two_names(names)
         slow = node if self._tree.slow_to_own(node) else target
-        return self._changing(header, slow, self._done, self._tree.rename, node, old, target, new, flags)
+        request = header[UNIQUE] & ~wire.UNIQUE_RESEND
+        return self._changing(header, slow, self._done, self._tree.rename, node, old, target, new, flags, request)
 
     @staticmethod
     def _done(change: Callable[..., None], *arguments: object) -> bytes:
@@ -282,20 +300,21 @@ class Handlers:
 
     def _open(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         flags, open_flags = wire.fields(wire.OPEN_IN, body)
-        tree = self._tree
+        tree, flags = self._tree, flags & _FLAGS
         if not flags & os.O_TRUNC:
             with tree.lock:
-                backing = self._files.known.get(node)
-                if backing is not None and (not flags & _WRITING or (backing.own and not backing.guarded)):
+                file = self._files.known.get(node)
+                if file is not None and (not flags & _WRITING or file.own):
                     self._words[_TREE] += 1
-                    return self._files.open(backing)
+                    return self._files.open(file, flags, header[UNIQUE])
         self._words[_STORE] += 1
-        kill, flags = bool(open_flags & wire.OPEN_KILL_SUIDGID), flags & _FLAGS
-        if flags & _WRITING and tree.slow_to_own(node, size=0 if flags & os.O_TRUNC else None):
-            return self._later(header, self._by_name, self.open_data, node, header[PID], flags, kill, header[PID])
-        if flags & _WRITING:
-            return self._by_name(self.open_data, node, header[PID], flags, kill, header[PID])
-        return self.open_data(node, flags, kill, header[PID])
+        kill = bool(open_flags & wire.OPEN_KILL_SUIDGID)
+        arguments = (flags, header[UNIQUE], header[PID], kill)
+        if not flags & _WRITING:
+            return self.open_data(node, *arguments)
+        if tree.slow_to_own(node, size=0 if flags & os.O_TRUNC else None):
+            return self._later(header, self._by_name, self.open_data, node, header[PID], *arguments)
+        return self._by_name(self.open_data, node, header[PID], *arguments)
 
     def _by_name(self, function: Callable[..., bytes], node: int, client: int, *arguments: object) -> bytes:
         """Change the data of a node that may be what readers keep of a file which has been copied up since.
@@ -318,76 +337,47 @@ class Handlers:
             self._sent_back = None
         return answer
 
-    def open_data(self, number: int, flags: int, kill: bool = False, client: int = 0) -> bytes:
+    def open_data(self, number: int, flags: int, request: int, client: int, kill: bool = False) -> bytes:
         """The answer to who opens the regular file ``number``; ``kill``: its set-id bits go."""
         tree, writing = self._tree, flags & _WRITING
         if writing:
             tree.own_file(number, 0 if flags & os.O_TRUNC else None)
         with tree.lock:
+            if not writing and tree.is_served(number):
+                file = self._files.known.get(number) or self._files.serve(number, own=False, client=client)
+                return self._files.open(file, flags, request)
             fd, own = tree.data_of(number, flags)
             try:
                 if kill:
-                    sys.drop_set_id(fd)
-                guarded = bool(os.fstat(fd).st_mode & _SET_ID)
-                if not (guarded and writing and self._watch_writes(number, fd, client)):
-                    backing = self._files.known.get(number)
-                    if backing is None and not tree.has_handles(number):
-                        backing = self._files.register(number, fd, own=own)
-                    if backing is not None:
-                        backing.guarded = guarded
-                        return self._files.open(backing)
+                    _drop_set_id(fd, client)
+                file = self._files.known.get(number) or self._files.register(number, fd, own=own, client=client)
+                return self._files.open(file, flags, request)
             finally:
                 os.close(fd)
-            handle = tree.open(number, flags & ~os.O_TRUNC)
-            return wire.OPEN_OUT.pack(handle.number, _FALLBACK_FLAGS, 0)
-
-    def _watch_writes(self, number: int, fd: int, client: int) -> bool:
-        """Whether a set-id file's writes must come here, because the first of this client takes those bits away.
-
-        Passthrough doesn't do that (the kernel leaves it to us, who would not hear of the write). Where the file is
-        passed through to others already, it must be to this one, and the bits go at once.
-        """
-        if has_capability(client, CAP_FSETID):
-            return False
-        backing = self._files.known.get(number)
-        if backing is not None and backing.node.held:
-            sys.drop_set_id(fd)
-            return False
-        self._files.forget(number)
-        return True
 
     def _release(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         handle = wire.fields(wire.RELEASE_IN, body)[0]
         tree = self._tree
         self._words[_TREE] += 1
-        if not handle:
-            with tree.lock:
-                backing = self._files.known.get(node)
-                if backing is None:
-                    return b""
-                if not backing.stale:
-                    self._files.close(backing)
-                    return b""
-        if tree.slow_to_forget(node):
-            return self._later(header, self._close, node, handle)
-        return self._close(node, handle)
+        with tree.lock:
+            file = self._files.known.get(node)
+            if file is None:
+                return b""
+            if not file.stale or not tree.slow_to_forget(node):
+                self._files.close(file, handle, header[UNIQUE])
+                return b""
+        return self._later(header, self._close, node, handle, header[UNIQUE])
 
-    def _close(self, node: int, handle: int) -> bytes:
-        if handle:
-            self._tree.release(handle)
-            return b""
+    def _close(self, node: int, handle: int, request: int) -> bytes:
         with self._tree.lock:
-            backing = self._files.known.get(node)
-            if backing is not None:
-                self._files.close(backing)
+            file = self._files.known.get(node)
+            if file is not None:
+                self._files.close(file, handle, request)
         return b""
 
     @contextlib.contextmanager
-    def _descriptor(self, node: int, handle: int, flags: int) -> Iterator[int]:
-        """A descriptor of an open file, for one request."""
-        if handle:
-            yield self._tree.handle(handle).fd
-            return
+    def _descriptor(self, node: int, flags: int) -> Iterator[int]:
+        """A descriptor of the node's data, for one request."""
         fd = self._tree.data_of(node, flags)[0]
         try:
             yield fd
@@ -395,11 +385,11 @@ class Handlers:
             os.close(fd)
 
     def _read(self, node: int, body: memoryview, header: RawHeader) -> Answer:
-        handle, offset, size, *_ = wire.fields(wire.READ_IN, body)
+        _, offset, size, *_ = wire.fields(wire.READ_IN, body)
         if size > MAX_WRITE:
             raise wire.Malformed(f"{size} bytes are more than the kernel takes at once")
         self._words[_STORE] += 1
-        with self._descriptor(node, handle, os.O_RDONLY) as fd:
+        with self._descriptor(node, os.O_RDONLY) as fd:
             buffer = bytearray(size)
             try:
                 done = os.preadv(fd, [buffer], wire.position(offset), _RWF_NOWAIT)
@@ -408,14 +398,14 @@ class Handlers:
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                     raise
-        return self._later(header, self._read_slowly, node, handle, offset, size)
+        return self._later(header, self._read_slowly, node, offset, size)
 
-    def _read_slowly(self, node: int, handle: int, offset: int, size: int) -> bytes:
-        with self._descriptor(node, handle, os.O_RDONLY) as fd:
+    def _read_slowly(self, node: int, offset: int, size: int) -> bytes:
+        with self._descriptor(node, os.O_RDONLY) as fd:
             return os.pread(fd, size, offset)
 
     def _write(self, node: int, body: memoryview, header: RawHeader) -> Answer:
-        handle, offset, size, write_flags, *_ = wire.fields(wire.WRITE_IN, body)
+        _, offset, size, write_flags, *_ = wire.fields(wire.WRITE_IN, body)
         data = body[wire.WRITE_IN.size :]
         if len(data) != size:
             raise wire.Malformed(f"it says {size} bytes of data and has {len(data)}")
@@ -423,20 +413,13 @@ class Handlers:
         self._words[_STORE] += 1
         kill = bool(write_flags & wire.WRITE_KILL_SUIDGID)
         if size <= SMALL_WRITE:
-            return self._write_data(node, handle, data, offset, kill)
-        return self._later(header, self._write_data, node, handle, data.tobytes(), offset, kill)
+            return self._write_data(node, data, offset, kill, header[PID])
+        return self._later(header, self._write_data, node, data.tobytes(), offset, kill, header[PID])
 
-    def _write_data(
-        self,
-        node: int,
-        handle: int,
-        data: bytes | memoryview,
-        offset: int,
-        kill: bool,
-    ) -> bytes:
-        with self._descriptor(node, handle, os.O_WRONLY) as fd:
+    def _write_data(self, node: int, data: bytes | memoryview, offset: int, kill: bool, client: int) -> bytes:
+        with self._descriptor(node, os.O_WRONLY) as fd:
             if kill:
-                sys.drop_set_id(fd)
+                _drop_set_id(fd, client)
             return wire.WRITE_OUT.pack(os.pwrite(fd, data, offset), 0)
 
     def _fsync(self, node: int, body: memoryview, header: RawHeader) -> Answer:
@@ -445,8 +428,14 @@ class Handlers:
         return self._later(header, self._flush_data, node, handle, bool(flags & wire.FSYNC_FDATASYNC))
 
     def _flush_data(self, node: int, handle: int, data_only: bool) -> bytes:
-        with self._descriptor(node, handle, os.O_RDONLY) as fd:
-            (os.fdatasync if data_only else os.fsync)(fd)
+        failed = None
+        try:
+            with self._descriptor(node, os.O_RDONLY) as fd:
+                (os.fdatasync if data_only else os.fsync)(fd)
+        except OSError as error:
+            failed = error
+        with self._tree.lock:
+            self._files.flushed(node, handle, failed)
         return b""
 
     def _syncfs(self, node: int, body: memoryview, header: RawHeader) -> Answer:
@@ -454,36 +443,34 @@ class Handlers:
         return self._later(header, self._done, self._tree.sync)
 
     def _fallocate(self, node: int, body: memoryview, header: RawHeader) -> Answer:
-        handle, offset, length, mode, _ = wire.fields(wire.FALLOCATE_IN, body)
+        _, offset, length, mode, _ = wire.fields(wire.FALLOCATE_IN, body)
         wire.position(offset + length)
         self._words[_STORE] += 1
-        return self._later(header, self._allocate, node, handle, mode, offset, length, header[PID])
+        return self._later(header, self._allocate, node, mode, offset, length, header[PID])
 
-    def _allocate(self, node: int, handle: int, mode: int, offset: int, length: int, client: int) -> bytes:
-        with self._descriptor(node, handle, os.O_RDWR) as fd:
+    def _allocate(self, node: int, mode: int, offset: int, length: int, client: int) -> bytes:
+        with self._descriptor(node, os.O_RDWR) as fd:
             _guard_set_id(fd, client)
             sys.fallocate(fd, mode, offset, length)
         return b""
 
     def _lseek(self, node: int, body: memoryview, header: RawHeader) -> Answer:
-        handle, offset, whence, _ = wire.fields(wire.LSEEK_IN, body)
+        _, offset, whence, _ = wire.fields(wire.LSEEK_IN, body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, "the kernel seeks otherwise by itself")
         if offset >= 1 << 63:
             raise OSError(errno.ENXIO, "before the beginning")
         self._words[_STORE] += 1
-        with self._descriptor(node, handle, os.O_RDONLY) as fd:
+        with self._descriptor(node, os.O_RDONLY) as fd:
             return wire.LSEEK_OUT.pack(os.lseek(fd, offset, whence))
 
     def _copy_file_range(self, node: int, body: memoryview, header: RawHeader) -> Answer:
-        source_handle, source_at, target, target_handle, target_at, length, _ = wire.fields(
-            wire.COPY_FILE_RANGE_IN, body
-        )
+        _, source_at, target, _, target_at, length, _ = wire.fields(wire.COPY_FILE_RANGE_IN, body)
         self._words[_STORE] += 1
         for position in (source_at, target_at, length):
             wire.position(position)
         wide = header[1] == Opcode.COPY_FILE_RANGE_64
-        arguments = (node, source_handle, source_at, target, target_handle, target_at, length, wide, header[PID])
+        arguments = (node, source_at, target, target_at, length, wide, header[PID])
         if length > SMALL_COPY:
             return self._later(header, self._copy, *arguments)
         return self._copy(*arguments)
@@ -491,20 +478,11 @@ class Handlers:
     _copy_file_range_64 = _copy_file_range
 
     def _copy(
-        self,
-        source: int,
-        source_handle: int,
-        source_at: int,
-        target: int,
-        target_handle: int,
-        target_at: int,
-        length: int,
-        wide: bool,
-        client: int,
+        self, source: int, source_at: int, target: int, target_at: int, length: int, wide: bool, client: int
     ) -> bytes:
         with (
-            self._descriptor(source, source_handle, os.O_RDONLY) as source_fd,
-            self._descriptor(target, target_handle, os.O_WRONLY) as target_fd,
+            self._descriptor(source, os.O_RDONLY) as source_fd,
+            self._descriptor(target, os.O_WRONLY) as target_fd,
         ):
             _guard_set_id(target_fd, client)
             done = os.copy_file_range(source_fd, target_fd, min(length, 1 << 30), source_at, target_at)
@@ -557,7 +535,7 @@ class Handlers:
             record = wire.dirent(entry.attributes.ino, next_offset, entry.attributes.mode, name)
             if with_attributes:
                 dot = name in _DOTS
-                record = (_dot_out(entry) if dot else _entry_out(entry)) + record
+                record = (_dot_out(entry) if dot else self.entry_out(entry)) + record
             if len(record) > room:
                 break
             records.append(record)
@@ -616,15 +594,31 @@ def _ioctl_out(value: int, size: int) -> bytes:
 def _guard_set_id(fd: int, client: int) -> None:
     """Take set-id bits away where the protocol doesn't say whether the client may keep them."""
     if os.fstat(fd).st_mode & _SET_ID and not has_capability(client, CAP_FSETID):
-        sys.drop_set_id(fd)
+        _drop_set_id(fd, client)
+
+
+def _drop_set_id(fd: int, client: int) -> None:
+    """Take from an open file the set-id bits that a write by ``client``, who may not keep them, takes."""
+    info = os.fstat(fd)
+    mode = _left_of(info.st_mode, info.st_gid, client)
+    if mode != info.st_mode:
+        os.fchmod(fd, stat.S_IMODE(mode))
+
+
+def _left_of(mode: int, gid: int, client: int) -> int:
+    """What is left of a regular file's ``mode`` when ``client`` writes to it or gives it away.
+
+    Setgid without group execute, once a mark for mandatory locking, stays with who is in the group
+    (setattr_should_drop_sgid in fs/attr.c).
+    """
+    left = sys.without_set_id(mode)
+    if left & stat.S_ISGID and not (in_group(client, gid) or has_capability(client, CAP_FSETID)):
+        left &= ~stat.S_ISGID
+    return left
 
 
 def _caller(header: RawHeader, umask: int = 0) -> Caller:
     return Caller(header[UID], header[GID], umask & 0o777)
-
-
-def _entry_out(entry: Entry) -> bytes:
-    return wire.entry_out(*entry)
 
 
 def _dot_out(entry: Entry) -> bytes:

@@ -26,6 +26,9 @@ from vzfs.store import sys
 from vzfs.store.lock import Holder, read_holder
 
 FSTYPE = "fuse.vzfs"
+PASSTHROUGH_ABOVE = 64 << 10
+"""93 % of the files of a Debian 12 are no larger, with 22 % of its bytes: what is locked, configured and logged to.
+Above it are the libraries and programs, which containers shall share in memory."""
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 

@@ -11,10 +11,9 @@ import errno
 import os
 
 from vzfs.fuse import wire
-from vzfs.fuse.backing import BackingFiles
-from vzfs.fuse.handlers import UNIQUE, Answer, Handler, Handlers, RawHeader
+from vzfs.fuse.handlers import PID, UNIQUE, Answer, Handler, Handlers, RawHeader
+from vzfs.fuse.openfiles import OpenFiles
 from vzfs.fuse.wire import Opcode
-from vzfs.store.sys import RENAME_EXCHANGE
 from vzfs.tree.tree import Tree
 
 _GONE = {
@@ -37,7 +36,7 @@ _MADE = {
 class Resent:
     """Answers resent requests. ``handlers`` do everything at once; ``last_done`` is the request on record."""
 
-    def __init__(self, tree: Tree, files: BackingFiles, handlers: Handlers, last_done: int) -> None:
+    def __init__(self, tree: Tree, files: OpenFiles, handlers: Handlers, last_done: int) -> None:
         self._tree = tree
         self._files = files
         self._handlers = handlers
@@ -57,38 +56,57 @@ class Resent:
         return answer
 
     def _answer(self, opcode: int, node: int, body: memoryview, header: RawHeader) -> Answer:
-        if header[UNIQUE] & ~wire.UNIQUE_RESEND == self._last_done:
-            done = self._on_record(opcode, node, body)
-            if done is not None:
-                return done
+        request = header[UNIQUE] & ~wire.UNIQUE_RESEND
+        done = self._carried_out(opcode, node, body, request)
+        if done is not None:
+            return done
         try:
             return self._again[opcode](node, body, header)
         except OSError as error:
             if _GONE.get(Opcode(opcode)) == error.errno:
                 return b""
-            if error.errno == errno.EEXIST and opcode in _MADE:
-                return self._made(Opcode(opcode), node, body)
+            if error.errno != errno.EEXIST:
+                raise
+            if opcode in _MADE:
+                return self._made(Opcode(opcode), node, body, header)
+            if opcode == Opcode.SETXATTR and self._is_set(node, body):
+                return b""
             raise
 
-    def _on_record(self, opcode: int, node: int, body: memoryview) -> Answer:
-        """The answer that a request had nearly got which must not be carried out twice."""
-        if opcode == Opcode.RELEASE:
-            return b""
-        if opcode == Opcode.RENAME2 and wire.fields(wire.RENAME2_IN, body)[1] & RENAME_EXCHANGE:
-            return b""
-        if opcode == Opcode.OPEN and not wire.fields(wire.OPEN_IN, body)[0] & os.O_TRUNC:
-            backing = self._files.known.get(node)
-            return backing.answer if backing is not None and backing.node.held else None
+    def _carried_out(self, opcode: int, node: int, body: memoryview, request: int) -> Answer:
+        """The answer that a request had nearly got which must not be carried out twice; ``None``: do it again."""
+        if opcode == Opcode.OPEN:
+            file = self._files.counted(node, request)
+            return self._files.answer(file, wire.fields(wire.OPEN_IN, body)[0], request) if file else None
+        if opcode == Opcode.RENAME2:
+            old = wire.two_names(body[wire.RENAME2_IN.size :])[0]
+            return b"" if self._tree.renamed(request, node, old) else None
+        if request != self._last_done:
+            return None
+        if opcode == Opcode.SETATTR:  # others may have written since it cut the file short
+            return wire.attr_out(self._tree.getattr(node), self._handlers.lifetime(node))
+        if opcode == Opcode.WRITE:
+            return wire.WRITE_OUT.pack(wire.fields(wire.WRITE_IN, body)[2], 0)
         return None
 
-    def _made(self, opcode: Opcode, parent: int, body: memoryview) -> Answer:
+    def _made(self, opcode: Opcode, parent: int, body: memoryview, header: RawHeader) -> Answer:
         rest = body[_MADE[opcode] :]
         name = wire.two_names(rest)[0] if opcode is Opcode.SYMLINK else wire.name(rest)
         entry = self._tree.lookup(parent, name)
         if entry is None:
             raise OSError(errno.ENOENT, "made and gone", name)
-        answer = wire.entry_out(*entry)
+        answer = self._handlers.entry_out(entry)
         if opcode is Opcode.CREATE:
             flags = wire.fields(wire.CREATE_IN, body)[0] & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
-            answer += self._handlers.open_data(entry.number, flags)
+            request = header[UNIQUE]
+            file = self._files.counted(entry.number, request)
+            if file is not None:
+                return answer + self._files.answer(file, flags, request)
+            answer += self._handlers.open_data(entry.number, flags, request, header[PID])
         return answer
+
+    def _is_set(self, node: int, body: memoryview) -> bool:
+        """Whether an attribute that was to be new has the value that it was to get."""
+        size = wire.fields(wire.SETXATTR_IN, body)[0]
+        name, value = wire.name_and_value(body[wire.SETXATTR_IN.size :], size)
+        return self._tree.getxattr(node, name) == value

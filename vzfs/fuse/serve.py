@@ -22,16 +22,15 @@ from pathlib import Path
 from types import FrameType
 
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
-from vzfs.fuse.mount import attach, detach, source_name, unmount_dead, vzfs_mount
-from vzfs.fuse.state import BACKING, PINNED, State
+from vzfs.fuse.mount import PASSTHROUGH_ABOVE, attach, detach, source_name, unmount_dead, vzfs_mount
+from vzfs.fuse.state import DURABLE, OPEN, State
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.container import remember_user
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
 from vzfs.store.magic import valid_template_name
 from vzfs.tree.area import Sync
-from vzfs.tree.node import Readers
-from vzfs.tree.pins import Slots
+from vzfs.tree.durable import Words
 from vzfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,8 @@ class Order:
     sync: str = "data"
     log: str = "-"
     busy_poll_us: int = 0
+    passthrough_above: int = PASSTHROUGH_ABOVE
+    """Bytes of a template's file above which the direct engine lets the kernel read it by itself."""
     device: int = -1
     """Descriptor of a mount that is there already, to be served from now on; and the state that goes with it."""
     state: int = -1
@@ -158,7 +159,12 @@ def _run_direct(order: Order, layout: Layout, served: Served, ready: Callable[[]
         engine.changed(number)
 
     tree = _open_tree(
-        order, layout, readers=Readers.KEEP, resume=resumed, changed=changed, pins=served.state.words[PINNED:BACKING]
+        order,
+        layout,
+        passthrough_above=order.passthrough_above,
+        resume=resumed,
+        changed=changed,
+        durable=served.state.words[DURABLE:OPEN],
     )
     try:
         engine = Engine(tree, served.fd, served.state, busy_poll_us=order.busy_poll_us)
@@ -183,7 +189,7 @@ def _run_direct(order: Order, layout: Layout, served: Served, ready: Callable[[]
 def _run_portable(order: Order, layout: Layout, served: Served, ready: Callable[[], None]) -> None:
     from vzfs.fuse.portable import serve_mount
 
-    tree = _open_tree(order, layout, readers=Readers.SHARE)
+    tree = _open_tree(order, layout)
     try:
         serve_mount(tree, served.state, os.dup(served.fd), ready, served.end)  # libfuse closes what it serves
     finally:
@@ -255,10 +261,10 @@ def _open_tree(
     order: Order,
     layout: Layout,
     *,
-    readers: Readers,
+    passthrough_above: int | None = None,
     resume: bool = False,
     changed: Callable[[int], None] | None = None,
-    pins: Slots | None = None,
+    durable: Words | None = None,
 ) -> Tree:
     container = Path(order.container)
     try:
@@ -271,10 +277,10 @@ def _open_tree(
             container,
             read_only=order.read_only,
             sync=sync,
-            readers=readers,
+            passthrough_above=passthrough_above,
             resume=resume,
             changed=changed,
-            pins=pins,
+            durable=durable,
         )
     except OSError as error:
         _refuse_full_disk(error, container)

@@ -20,10 +20,10 @@ from itertools import zip_longest
 from vzfs.errors import UnsupportedError
 from vzfs.fuse.wire import OPCODES, InitFlag, Opcode
 from vzfs.tree.counters import COUNTERS, Counters
-from vzfs.tree.pins import PINS
+from vzfs.tree.durable import DURABLE_WORDS
 
 MAGIC = int.from_bytes(b"vzfsstat", "little")
-VERSION = 2
+VERSION = 3
 NAME = "vzfs-state"
 
 # Header.
@@ -42,6 +42,8 @@ STARTED = 7
 """When the present one began, in the same."""
 LAST_DONE = 8
 """``unique`` of the last request that the serving thread answered."""
+OPEN_TOP = 9
+"""How many of the slots in OPEN were ever in use."""
 
 ERRORS = 16
 """Requests answered with an errno."""
@@ -59,15 +61,18 @@ PAUSES = REQUESTS + OPCODES
 BUCKETS = 64
 SLOW = PAUSES + BUCKETS
 """The same of requests that a worker thread answered, from their start to their end."""
-PINNED = SLOW + BUCKETS
-"""Numbers of removed files that the kernel still knows, see ``vzfs.tree.pins``; 0: free."""
-BACKING = PINNED + PINS
-"""To the end: registered backing files, ``BACKING_WORDS`` words each: node number (0: free), backing id, open count."""
-BACKING_WORDS = 3
-BACKING_SLOTS = 16384
-WORDS = BACKING + BACKING_SLOTS * BACKING_WORDS
+DURABLE = SLOW + BUCKETS
+"""What a tree remembers for its successor, see ``vzfs.tree.durable``."""
+OPEN = DURABLE + DURABLE_WORDS
+"""To the end: files that are open or registered, see ``vzfs.fuse.openfiles``; ``OPEN_WORDS`` words each: node number
+(0: free); backing id (0: served), in bit 31 whether it may be mapped for writing, and above it the user who opened it;
+how often it is open (24 bits), and above that the request that opened or closed it last."""
+OPEN_WORDS = 3
+OPEN_SLOTS = 1 << 17
+WORDS = OPEN + OPEN_SLOTS * OPEN_WORDS
 SIZE = WORDS * 8
 
+_BACKING_ID, _OPENINGS = (1 << 31) - 1, (1 << 24) - 1
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -262,10 +267,11 @@ class State:
     def statistics(self) -> Statistics:
         """A snapshot. Counts that go up meanwhile may be in it or not."""
         now = _now_ns()
-        words = self.words.tolist()
+        words = self.words[:DURABLE].tolist()
+        opened = self.words[OPEN : OPEN + words[OPEN_TOP] * OPEN_WORDS].tolist()
+        slots = [opened[at : at + OPEN_WORDS] for at in range(0, len(opened), OPEN_WORDS) if opened[at]]
         answered = Answered(*words[ANSWERED : ANSWERED + 3])
         copy_ups, copied_bytes, unfolds = words[TREE : TREE + COUNTERS]
-        backing = range(BACKING, WORDS, BACKING_WORDS)
         return Statistics(
             requests=_by_name(words[REQUESTS : REQUESTS + OPCODES]),
             answered=answered if any((answered.index, answered.tree, answered.store)) else None,
@@ -274,8 +280,8 @@ class State:
             copy_ups=copy_ups,
             copied_bytes=copied_bytes,
             unfolds=unfolds,
-            backing_open=sum(1 for at in backing if words[at] and words[at + 2]),
-            backing_registered=sum(1 for at in backing if words[at]),
+            backing_open=sum(1 for _, kind, count in slots if kind & _BACKING_ID and count & _OPENINGS),
+            backing_registered=sum(1 for _, kind, _ in slots if kind & _BACKING_ID),
             pauses=Pauses.of(words[PAUSES : PAUSES + BUCKETS]),
             slow=Pauses.of(words[SLOW : SLOW + BUCKETS]),
             incarnation=words[INCARNATION],

@@ -155,6 +155,7 @@ IOCTL_DIR = 1 << 4
 UNIQUE_RESEND = 1 << 63
 """Set in the ``unique`` of a request that another server had read before and not answered."""
 
+NOTIFY_INVAL_INODE = 2
 NOTIFY_RESEND = 7
 
 # Structs, by the header's names without ``fuse_``.
@@ -203,6 +204,7 @@ LSEEK_IN = struct.Struct("<QQII")
 LSEEK_OUT = struct.Struct("<Q")
 COPY_FILE_RANGE_IN = struct.Struct("<7Q")
 COPY_FILE_RANGE_OUT = struct.Struct("<Q")
+INVAL_INODE = struct.Struct("<Qqq")  # fuse_notify_inval_inode_out
 BACKING_MAP = struct.Struct("<iIQ")
 
 _INIT_IN_OLD = 16
@@ -320,6 +322,11 @@ def notification(code: int) -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size, code, 0)
 
 
+def attributes_changed(number: int) -> bytes:
+    """A message that what the kernel knows of the node's attributes, ACLs among them, is not true any more."""
+    return OUT_HEADER.pack(OUT_HEADER.size + INVAL_INODE.size, NOTIFY_INVAL_INODE, 0) + INVAL_INODE.pack(number, -1, 0)
+
+
 def attr(one: Attributes) -> tuple[int, ...]:
     """The fields of a ``fuse_attr``. Times before 1970 are negative seconds, sent as their two's complement."""
     ino, mode, nlink, uid, gid, rdev, size, blocks, blksize, atime, mtime, ctime = one
@@ -343,13 +350,17 @@ def attr(one: Attributes) -> tuple[int, ...]:
     )
 
 
-def entry_out(number: int, generation: int, attributes: Attributes) -> bytes:
-    """The answer to a look-up, to be kept by the kernel."""
-    return ENTRY_OUT.pack(number, generation, LIFETIME_S, LIFETIME_S, 0, 0, *attr(attributes))
+def entry_out(
+    number: int, generation: int, attributes: Attributes, name_s: int = LIFETIME_S, attributes_s: int = LIFETIME_S
+) -> bytes:
+    """The answer to a look-up; the kernel keeps the name for ``name_s`` and the attributes for ``attributes_s``."""
+    return ENTRY_OUT.pack(number, generation, name_s, attributes_s, 0, 0, *attr(attributes))
 
 
-def attr_out(attributes: Attributes) -> bytes:
-    """The answer to GETATTR and SETATTR."""
+def attr_out(attributes: Attributes, attributes_s: int = LIFETIME_S) -> bytes:
+    """The answer to GETATTR and SETATTR; the kernel keeps the attributes for ``attributes_s``."""
+    if attributes_s != LIFETIME_S:
+        return ATTR_OUT.pack(attributes_s, 0, 0, *attr(attributes))
     return _ATTR_VALID + ATTR.pack(*attr(attributes))
 
 

@@ -76,6 +76,7 @@ _COLUMNS = (
 _ENTRY_OUT = struct.Struct("<QQQQII")  # fuse_entry_out without its attributes
 _ATTR = struct.Struct("<QQQqqqIIIIIIIIII")  # fuse_attr
 _DIRENT = struct.Struct("<QQII")  # fuse_dirent without its name
+_NAME_VALID_AT = 16  # seconds for which the name is certain
 _ATTR_AT = _ENTRY_OUT.size
 _DIRENT_AT = _ATTR_AT + _ATTR.size
 _NAME_AT = _DIRENT_AT + _DIRENT.size
@@ -544,6 +545,29 @@ class Index:
 
     def listing_part(self, number: int, given: int, size: int) -> memoryview:
         """As many whole records of a directory's listing as fit into ``size`` bytes, after the first ``given`` ones."""
+        at, end = self._listing_span(number, given, size)
+        return self._view[at:end]
+
+    def listing_part_unsure(self, number: int, given: int, size: int, unsure: Sequence[int]) -> bytearray | memoryview:
+        """The same where the names of the entries ``unsure``, in ascending order, are certain for no time."""
+        at, end = self._listing_span(number, given, size)
+        part = self._view[at:end]
+        first: int = self.first_child[number]
+        begin = bisect.bisect_left(unsure, first)
+        patched = None
+        for entry in unsure[begin : bisect.bisect_left(unsure, first + self.child_count[number], begin)]:
+            record: int = self._record[entry]
+            if at <= record < end:
+                patched = patched or bytearray(part)
+                patched[record - at + _NAME_VALID_AT : record - at + _NAME_VALID_AT + 8] = bytes(8)
+        return patched or part
+
+    def entry_out_unsure(self, number: int) -> bytes:
+        """``entry_out`` with a name that is certain for no time."""
+        ready = self.entry_out(number)
+        return ready[:_NAME_VALID_AT] + bytes(8) + ready[_NAME_VALID_AT + 8 :]
+
+    def _listing_span(self, number: int, given: int, size: int) -> tuple[int, int]:
         start: int = self._blob[number]
         end = start + self._blob_len[number]
         first: int = self.first_child[number]
@@ -556,7 +580,7 @@ class Index:
             after = bisect.bisect_right(self._record, at + size, child, beyond)
             # Up to the last record that begins within the space, for that one may end outside; or as many dots as fit.
             end = self._record[after - 1] if after > child else at + size // _DOT_SIZE * _DOT_SIZE
-        return self._view[at:end]
+        return at, end
 
     def target(self, number: int) -> bytes:
         """Text of a symbolic link."""

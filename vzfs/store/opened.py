@@ -10,7 +10,7 @@ from vzfs.store import sys
 from vzfs.store.faults import step
 from vzfs.store.index import Attributes, Index
 from vzfs.store.layout import ORIGIN_XATTR, Layout, TemplatePaths, farm_entry
-from vzfs.store.magic import MagicLink
+from vzfs.store.magic import MagicLink, valid_template_name
 
 SPLIT_XATTR = "trusted.vzfs.split"
 """On a copied-up file whose readers kept the template's data under the old node number: it has another one since."""
@@ -113,6 +113,14 @@ class OpenTemplate:
         step("unfold:planted")
         os.setxattr(dir_fd, ORIGIN_XATTR, self.origin(entry))
         apply_attributes(dir_fd, self.index.attributes(entry), self.index.xattrs(entry))
+
+
+def parse_group_key(key: bytes) -> tuple[str, int] | None:
+    """Template and leader in the name of a link group's record, the reverse of ``OpenTemplate.group_key``."""
+    name, colon, number = key.decode("ascii", "replace").rpartition(":")
+    if not colon or not valid_template_name(name) or not number.isdecimal() or len(number) > 10:
+        return None
+    return (name, int(number)) if str(int(number)) == number else None
 
 
 def apply_attributes(target: bytes | int, attributes: Attributes, xattrs: dict[str, bytes]) -> None:

@@ -21,6 +21,10 @@ DIRECTORY_CACHE = 256
 """Directory descriptors kept open at most: the working set of a package installation, far below any limit."""
 
 
+REMOVED_CACHE = 1024
+"""Descriptors of removed directories kept at most; to the kernel, more of them may end when their number is reused."""
+
+
 class Sync(enum.Enum):
     """When copied-up data is flushed; fsync(2) of a program always is. Metadata is kept in order by a journal."""
 
@@ -128,10 +132,17 @@ class PrivateArea:
                 os.close(fd)
 
     def hold(self, node: Node) -> None:
-        """Keep a just removed directory's descriptor until ``forget``: its inode number is not given away before."""
+        """Keep a just removed directory's descriptor until ``forget``: its inode number is not given away before.
+
+        Of the first ``REMOVED_CACHE`` of them, so that nobody can use up the process's descriptors.
+        """
         fd = self._open.pop(node, None)
-        if fd is not None:
+        if fd is None:
+            return
+        if len(self._removed) < REMOVED_CACHE:
             self._removed[node] = fd
+        else:
+            os.close(fd)
 
 
 def node_name(node: Node) -> bytes:

@@ -9,9 +9,11 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +27,14 @@ from vzfs.store.opened import OpenTemplate
 from vzfs.store.ownlink import read_own_link
 from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.counters import Counters
+from vzfs.tree.durable import Durable, Words
 from vzfs.tree.listing import REAL_OFFSETS, Listing, list_folded, list_real
-from vzfs.tree.node import Entry, Handle, Kind, Node, Readers
+from vzfs.tree.node import Entry, Handle, Kind, Node
 from vzfs.tree.nodes import Nodes
 from vzfs.tree.own import Owner
-from vzfs.tree.pins import PINS, Pins, Slots
+from vzfs.tree.pins import Pins
 from vzfs.tree.ready import Ready
+from vzfs.tree.resume import count_doubted
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,10 @@ SLOW_FREE = 64 << 20
 """Bytes of an unlinked file whose removal is long work."""
 SLOW_LISTING = 2048
 """Names in a directory whose reading is long work; 64 bytes each in a directory's size."""
+
+
+OWN_DESCRIPTORS = 4096
+"""Descriptors that open files of the container don't get: for directories, removed files, copies."""
 
 
 class Caller(NamedTuple):
@@ -78,10 +86,10 @@ class Core:
         *,
         read_only: bool = False,
         sync: Sync = Sync.DATA,
-        readers: Readers = Readers.SHARE,
+        passthrough_above: int | None = None,
         resume: bool = False,
         changed: Callable[[int], None] | None = None,
-        pins: Slots | None = None,
+        durable: Words | None = None,
     ) -> None:
         conf = Conf.load(container / CONF)
         self.lock = threading.RLock()
@@ -89,31 +97,37 @@ class Core:
         self._busy: dict[int, threading.Event] = {}
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
+        self._holders: Counter[int] = Counter()  # open files by the user who opened them
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_handles = max(limit - OWN_DESCRIPTORS, limit // 2)
+        self._scarce_from = self._most_handles * 3 // 4
         self._area = PrivateArea(container, read_only=read_only)
         try:
             if not read_only:
                 self._area.clear_stage()
             if not read_only and not resume:
                 self._area.clear_orphans()
-            self._pins = Pins([0] * PINS if pins is None else pins)
+            self._durable = Durable(durable)
+            self._pins = Pins(self._durable)
             self._nodes = Nodes(
                 self._area,
                 self._pins,
+                self._durable,
                 lambda name: OpenTemplate(layout, name),
                 conf.get(OSTEMPLATE),
                 changed,
-                heed_splits=readers is Readers.KEEP,
+                passthrough_above=passthrough_above,
             )
             if resume:
+                count_doubted(layout, container, self._area, self._durable)
                 self._nodes.resume()
         except BaseException:
             self._area.close()
             raise
         self.counters = Counters()
-        self._keeps_readers = readers is Readers.KEEP
         self._slow_copy = {Sync.NONE: SLOW_COPY, Sync.DATA: 0, Sync.FULL: _NOTHING_IS_QUICK}[sync]  # a flush is long
         self._slow_unfold = _NOTHING_IS_QUICK if sync is Sync.FULL else SLOW_UNFOLD
-        self._owner = Owner(self._nodes, self._area, sync, readers, self.counters)
+        self._owner = Owner(self._nodes, self._area, sync, self.counters)
         ready = Ready(self._nodes, self.lock)
         self.ready_lookup, self.ready_attributes = ready.lookup, ready.attributes
         self.ready_listing, self.ready_xattr = ready.listing, ready.no_xattrs
@@ -259,7 +273,7 @@ class Core:
                 if error.errno != errno.EIO:
                     raise
                 log.error("%r is left out of a listing: %s", name, error)  # noqa: TRY400
-                return None  # a damaged entry must not make the rest unreadable
+                return None  # a damaged record of a link group must not make the rest unreadable
 
     def statfs(self) -> os.statvfs_result:
         """Space of the file system that holds the private area."""
@@ -316,7 +330,7 @@ class Core:
             if node.kind in (Kind.TEMPLATE, Kind.RECORD) and number not in self._busy and not node.dead:
                 assert node.template is not None
                 recorded = stat.S_ISREG(node.template.index.mode(node.entry))
-                if recorded and not any(name in sys.ACL_XATTRS for name in self._owner.xattrs(node)):
+                if recorded:
                     return self._slow_copy == _NOTHING_IS_QUICK or self._parent_is_slow(node)
         return self.slow_to_own(number)
 
@@ -326,15 +340,35 @@ class Core:
         return node is not None and (node.kind is Kind.DIRECTORY or node.kind is Kind.OWN)
 
     def _parent_is_slow(self, node: Node) -> bool:
-        if node.dead or node.group:
-            return False
-        parent = self._nodes.parent(node)
-        return parent.kind is Kind.FOLDED and self.slow_to_own(parent.number)
+        """Whether one of the folded directories above the node takes long to unfold."""
+        while not (node.dead or node.group):
+            node = self._nodes.parent(node)
+            if node.kind is not Kind.FOLDED:
+                return False
+            assert node.template is not None
+            if node.number in self._busy or node.template.index.child_count[node.entry] > self._slow_unfold:
+                return True
+        return False
 
     def _own_directory(self, number: int) -> None:
         """Unfold the directory ``number``, its parents before it."""
-        if not self._is_own(number):
-            self._own(number, _is_folded, self._stage_directory, self._owner.commit_directory)
+        if self._is_own(number):
+            return
+        for folded in self._folded_above(number):
+            self._own(folded, _is_folded, self._stage_directory, self._owner.commit_directory)
+
+    def _folded_above(self, number: int) -> list[int]:
+        """The directory ``number`` and those above it that have to be unfolded for a change in it, from the top."""
+        with self.lock:
+            node = self._nodes.get(number)
+            chain = [node.number]
+            while not node.dead:
+                node = self._nodes.parent(node)
+                if node.kind is not Kind.FOLDED:
+                    break
+                chain.append(node.number)
+        chain.reverse()
+        return chain
 
     def _stage_directory(self, node: Node, staged: bytes) -> None:
         assert node.template is not None
@@ -395,7 +429,8 @@ class Core:
                     break
             other.wait()
         try:
-            self._own_place(number)
+            if node.kind is not Kind.FOLDED:  # of a directory, those above it are real by now
+                self._own_place(number)
             self._stage_and_commit(number, stage, commit)
         finally:
             with self.lock:
@@ -435,7 +470,7 @@ class Core:
 
     def _is_kept(self, node: Node) -> bool:
         """Whether the node is only what its readers have open any more: a template's data, read by the kernel."""
-        return node.dead and node.is_open and node.kind in (Kind.TEMPLATE, Kind.RECORD) and self._keeps_readers
+        return node.dead and node.passed > 0 and node.kind in (Kind.TEMPLATE, Kind.RECORD)
 
     def _directory(self, number: int) -> Node:
         node = self._nodes.get(number)

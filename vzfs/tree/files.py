@@ -13,15 +13,19 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from vzfs.store import sys
+from vzfs.store.acl import is_minimal, permissions, with_permissions
 from vzfs.store.index import Attributes
 from vzfs.store.layout import RESERVED_PREFIX
 from vzfs.store.record import Record
 from vzfs.tree.core import ROOT, Caller, Changes, Core
-from vzfs.tree.node import Handle, Kind, Node, Place
+from vzfs.tree.node import Handle, Kind, Node, Place, refuse_damaged
 from vzfs.tree.own import no_space
 
 BACKING_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 """Flags of a program's open(2) that are passed on; the kernel itself deals with O_APPEND and O_DIRECT."""
+
+
+ACCESS_ACL = sys.ACL_XATTRS[0]
 
 
 class Files(Core):
@@ -43,6 +47,7 @@ class Files(Core):
 
     def open(self, number: int, flags: int, caller: Caller = ROOT) -> Handle:
         """Open a regular file with the flags of open(2); opening a template's file for writing copies it up."""
+        self._check_room(caller)
         writing = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
         if writing:
             self.own_file(number, 0 if flags & os.O_TRUNC else None)
@@ -52,7 +57,7 @@ class Files(Core):
                 sys.drop_set_id(fd)
             node = self._nodes.get(number)
             self._nodes.register(node)
-            return self._add_handle(node, fd, flags)
+            return self._add_handle(node, fd, flags, caller)
 
     def data_of(self, number: int, flags: int) -> tuple[int, bool]:
         """A new descriptor, which the caller closes, of the regular file that holds the node's data.
@@ -66,6 +71,7 @@ class Files(Core):
             node = self._nodes.get(number)
             if node.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "is a directory")
+            refuse_damaged(node)
             if node.kind is Kind.OWN:
                 return self._open_own(node, flags), True
             assert node.template is not None
@@ -75,8 +81,20 @@ class Files(Core):
                 raise OSError(errno.EINVAL, "not a regular file")
             return node.template.open_file(node.entry), False
 
+    def is_served(self, number: int) -> bool:
+        """Whether the node is a small regular file of the template, unchanged: its data is asked for by READ, never
+        passed through, so that it never has to be split.
+        """
+        with self.lock:
+            node = self._nodes.get(number)
+            if node.kind is not Kind.TEMPLATE and node.kind is not Kind.RECORD:
+                return False
+            assert node.template is not None
+            regular = stat.S_ISREG(node.template.index.mode(node.entry))
+            return regular and not self._nodes.is_passed(node.template, node.entry)
+
     def keep(self, number: int) -> Node:
-        """Keep the node until ``let_go``, for who counts in its ``held``, under the lock, how often it is open."""
+        """Keep the node until ``let_go``, for who counts in it, under the lock, how often it is open."""
         with self.lock:
             node = self._nodes.get(number)
             node.kept = True
@@ -89,14 +107,23 @@ class Files(Core):
             node.kept = False
             self._closed(node)
 
-    def has_handles(self, number: int) -> bool:
-        """Whether the node is open by a handle."""
-        node = self._nodes.registered(number)
-        return node is not None and node.handles is not None
+    def _check_room(self, caller: Caller) -> None:
+        """Refuse one more open file with ``ENFILE`` before descriptors run out, first to the user who has the most.
 
-    def _add_handle(self, node: Node, fd: int, flags: int) -> Handle:
-        handle = Handle(self._next_handle, node, fd, flags)
+        Root gets some that nobody else gets, and the tree keeps some for its own work.
+        """
+        used = len(self._handles)
+        if used < self._scarce_from:
+            return
+        with self.lock:
+            most = max((count for uid, count in self._holders.items() if uid), default=0)
+            if used >= self._most_handles or (caller.uid and self._holders[caller.uid] >= most):
+                raise OSError(errno.ENFILE, f"{used} files are open in the container")
+
+    def _add_handle(self, node: Node, fd: int, flags: int, caller: Caller) -> Handle:
+        handle = Handle(self._next_handle, node, fd, flags, caller.uid)
         self._next_handle += 1
+        self._holders[caller.uid] += 1
         self._handles[handle.number] = handle
         if node.handles is None:
             node.handles = []
@@ -117,6 +144,7 @@ class Files(Core):
             if handle is None:
                 return
             os.close(handle.fd)
+            self._holders[handle.uid] -= 1
             node = handle.node
             assert node.handles is not None
             node.handles.remove(handle)
@@ -149,6 +177,7 @@ class Files(Core):
             self.own_file(number, changes.size)
         with self.lock:
             node = self._nodes.get(number)
+            refuse_damaged(node)
             kind, dead = node.kind, node.dead
             if changes.size is not None and kind is not Kind.OWN:
                 raise OSError(errno.ESTALE, "the copy has a node of its own")
@@ -157,17 +186,32 @@ class Files(Core):
         if kind is Kind.FOLDED:
             self._own_directory(number)
         elif kind in (Kind.TEMPLATE, Kind.RECORD):
-            if dead or not self._can_record(node, changes):
+            if dead or not _can_record(node):
                 self.own_file(number)
             else:
                 self._own_place(number)
         with self.lock:
             node = self._nodes.get(number)
             if node.kind in (Kind.TEMPLATE, Kind.RECORD):
-                self._owner.change_record(node, lambda record: self._changed_record(node, record, changes))
+                self._record_changes(node, changes)
             elif not (node.dead and node.kind is Kind.FOLDED):
                 self._set_own(node, changes, self._handles.get(handle) if handle is not None else None)
             return self._nodes.attributes(node)
+
+    def _record_changes(self, node: Node, changes: Changes) -> None:
+        """Keep changed attributes of a template's regular file in its record; an ACL changes with the mode."""
+        xattrs = None
+        if changes.mode is not None:
+            given = self._owner.xattrs(node)
+            acl = given.get(ACCESS_ACL)
+            if acl is not None:
+                xattrs = {**given, ACCESS_ACL: with_permissions(acl, changes.mode)}
+
+        def change(record: Record) -> Record:
+            record = self._changed_record(node, record, changes)
+            return record if xattrs is None else replace(record, own_xattrs=True)
+
+        self._owner.change_record(node, change, xattrs)
 
     def file_flags(self, number: int) -> int:
         """The ``FS_*_FL`` of a regular file or directory (ioctl_iflags(2)); a folded directory has none."""
@@ -184,14 +228,17 @@ class Files(Core):
     def set_file_flags(self, number: int, flags: int) -> None:
         """Set the ``FS_*_FL`` of a regular file or directory, which becomes the container's own.
 
-        Raises ``OSError``; ``EOPNOTSUPP`` for what would keep the store from moving or removing the file.
+        Raises ``OSError``; ``EOPNOTSUPP`` for what an owner may not change on ext4 either, such as what would keep the
+        store from moving or removing the file, charge another project or journal its data.
         """
-        if flags & (sys.FS_IMMUTABLE_FL | sys.FS_APPEND_FL):
-            raise OSError(errno.EOPNOTSUPP, "no immutable or append-only files here")
         with self.lock:
             node = self._nodes.get(number)
+            refuse_damaged(node)
             directory = node.is_directory
-            if self._keeps_readers and node.is_open and node.kind in (Kind.TEMPLATE, Kind.RECORD):
+            refused = (flags ^ self.file_flags(number)) & ~sys.FS_OWNERS_FL
+            if refused:
+                raise OSError(errno.EOPNOTSUPP, f"file attributes {refused:#x} can't be changed here")
+            if node.passed and node.kind in (Kind.TEMPLATE, Kind.RECORD):
                 raise OSError(errno.EOPNOTSUPP, "who asks has the template's file open, which would not be the copy")
         if directory:
             self._own_directory(number)
@@ -218,14 +265,6 @@ class Files(Core):
             given["mode"] |= stat.S_IFMT(now.mode)
         node.last = now._replace(ctime_ns=time.time_ns(), **given)
         return node.last
-
-    def _can_record(self, node: Node, changes: Changes) -> bool:
-        """Whether a record can hold the changes: of a regular file, and a mode only where no ACL goes with it."""
-        assert node.template is not None
-        if not stat.S_ISREG(node.template.index.mode(node.entry)):
-            return False
-        with self.lock:
-            return changes.mode is None or not any(name in sys.ACL_XATTRS for name in self._owner.xattrs(node))
 
     def _changed_record(self, node: Node, record: Record, changes: Changes) -> Record:
         mode = changes.mode
@@ -290,7 +329,7 @@ class Files(Core):
                 if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
                     place = self._nodes.place_of(node)
                     return os.getxattr(place.path, name, follow_symlinks=place.follow)
-                value = self._owner.xattrs(node).get(os.fsdecode(name)) if not node.dead else None
+                value = self._shown_xattrs(node).get(os.fsdecode(name))
                 if value is not None:
                     return value
                 _check_xattr_name(name)
@@ -304,20 +343,31 @@ class Files(Core):
                 place = self._nodes.place_of(node)
                 names = os.listxattr(place.path, follow_symlinks=place.follow)
             else:
-                names = list(self._owner.xattrs(node)) if not node.dead else []
+                names = list(self._shown_xattrs(node))
             hidden = RESERVED_PREFIX.encode() if caller.uid == 0 else b"trusted."
             return [raw for raw in map(os.fsencode, names) if not raw.startswith(hidden)]
+
+    def _shown_xattrs(self, node: Node) -> dict[str, bytes]:
+        """Of a node that has no object of its own in the private area."""
+        return {} if node.dead or node.kind is Kind.DAMAGED else self._owner.xattrs(node)
 
     def setxattr(self, number: int, name: bytes, value: bytes, flags: int = 0) -> None:
         """Set an extended attribute, with the flags of setxattr(2)."""
 
-        def change(xattrs: dict[str, bytes]) -> None:
-            present = os.fsdecode(name) in xattrs
-            if flags & os.XATTR_CREATE and present:
+        def change(xattrs: dict[str, bytes]) -> int | None:
+            key = os.fsdecode(name)
+            if flags & os.XATTR_CREATE and key in xattrs:
                 raise FileExistsError(errno.EEXIST, "the attribute exists", name)
-            if flags & os.XATTR_REPLACE and not present:
+            if flags & os.XATTR_REPLACE and key not in xattrs:
                 raise OSError(errno.ENODATA, "no such attribute", name)
-            xattrs[os.fsdecode(name)] = value
+            if key == sys.ACL_XATTRS[1]:
+                raise PermissionError(errno.EACCES, "only a directory has a default ACL", name)
+            mode = permissions(value) if key == ACCESS_ACL else None
+            if key == ACCESS_ACL and is_minimal(value):
+                xattrs.pop(key, None)  # the mode says it all
+            else:
+                xattrs[key] = value
+            return mode
 
         self._change_xattrs(
             number,
@@ -327,10 +377,11 @@ class Files(Core):
         )
 
     def removexattr(self, number: int, name: bytes) -> None:
-        """Remove an extended attribute. Raises ``OSError`` ``ENODATA``."""
+        """Remove an extended attribute. Raises ``OSError`` ``ENODATA``; not for an ACL, as on ext4."""
 
         def change(xattrs: dict[str, bytes]) -> None:
-            if xattrs.pop(os.fsdecode(name), None) is None:
+            key = os.fsdecode(name)
+            if xattrs.pop(key, None) is None and key not in sys.ACL_XATTRS:
                 raise OSError(errno.ENODATA, "no such attribute", name)
 
         self._change_xattrs(
@@ -341,42 +392,52 @@ class Files(Core):
         self,
         number: int,
         name: bytes,
-        change: Callable[[dict[str, bytes]], None],
+        change: Callable[[dict[str, bytes]], int | None],
         change_own: Callable[[Place], None],
     ) -> None:
         _check_xattr_name(name)
         with self.lock:
             node = self._nodes.get(number)
-            if node.kind in (Kind.TEMPLATE, Kind.RECORD):
+            refuse_damaged(node)
+            recorded = node.kind in (Kind.TEMPLATE, Kind.RECORD) and _can_record(node)
+            if recorded:
                 change(dict(self._owner.xattrs(node)))  # what fails changes nothing
         if node.kind is Kind.FOLDED:
             self._own_directory(number)
         elif node.kind in (Kind.TEMPLATE, Kind.RECORD):
-            if self._recorded_xattrs(number, name, change):
+            if recorded and self._recorded_xattrs(number, change):
                 return
             self.own_file(number)
         with self.lock:
             change_own(self._nodes.place_of(self._nodes.get(number)))
 
-    def _recorded_xattrs(self, number: int, name: bytes, change: Callable[[dict[str, bytes]], None]) -> bool:
-        """Keep the change in a record, if it fits there; ACLs don't, they go with the mode."""
+    def _recorded_xattrs(self, number: int, change: Callable[[dict[str, bytes]], int | None]) -> bool:
+        """Keep the change in a record, if it fits there; ``change`` gives the permission bits that go with it."""
         self._own_place(number)
         with self.lock:
             node = self._nodes.get(number)
-            if node.dead or node.kind not in (Kind.TEMPLATE, Kind.RECORD) or os.fsdecode(name) in sys.ACL_XATTRS:
-                return False
-            assert node.template is not None
-            if not stat.S_ISREG(node.template.index.mode(node.entry)):
+            if node.dead or node.kind not in (Kind.TEMPLATE, Kind.RECORD):
                 return False
             xattrs = dict(self._owner.xattrs(node))
-            change(xattrs)
+            bits = change(xattrs)
+            mode = None if bits is None else stat.S_IMODE(self._nodes.attributes(node).mode) & ~0o777 | bits
+
+            def changed(record: Record) -> Record:
+                return replace(record, own_xattrs=True, mode=record.mode if mode is None else mode)
+
             try:
-                self._owner.change_record(node, lambda record: replace(record, own_xattrs=True), xattrs)
+                self._owner.change_record(node, changed, xattrs)
             except OSError as error:
                 if not no_space(error):
                     raise
                 return False
             return True
+
+
+def _can_record(node: Node) -> bool:
+    """Whether a record can hold changed attributes of the node: those of a regular file."""
+    assert node.template is not None
+    return stat.S_ISREG(node.template.index.mode(node.entry))
 
 
 def _check_xattr_name(name: bytes) -> None:

@@ -12,10 +12,11 @@ Rule: a kind never goes back while the node lives. ``dead`` means that no name i
 from __future__ import annotations
 
 import enum
+import errno
 from typing import NamedTuple
 
 from vzfs.store import sys
-from vzfs.store.index import INO_START, Attributes
+from vzfs.store.index import INO_START, LIFETIME_S, Attributes
 from vzfs.store.opened import OpenTemplate
 from vzfs.store.record import Record
 
@@ -23,17 +24,6 @@ ROOT_NUMBER = 1
 """Node number of a mount's root (FUSE_ROOT_ID)."""
 PRIVATE_SHIFT = 1 << 52
 """Added to inode numbers of the private area that reach into the templates' range; still exact as a double."""
-
-
-class Readers(enum.Enum):
-    """What becomes of files that are open for reading when their node is copied up."""
-
-    SHARE = "share"
-    """They see the copy, as on any other file system: for an engine through which all reads go."""
-    KEEP = "keep"
-    """They keep the template's data under the old node number while the copy gets a new one, and whoever wanted to
-    write gets ESTALE, upon which the kernel looks the name up again: for an engine with passthrough, where one node has
-    one backing file for as long as anybody has it open."""
 
 
 class Kind(enum.Enum):
@@ -44,6 +34,7 @@ class Kind(enum.Enum):
     TEMPLATE = "template"  # any other template entry, unchanged
     RECORD = "record"  # the template's data with attributes of the container's own, kept with a magic link
     OWN = "own"  # an object of the private area
+    DAMAGED = "damaged"  # a magic link that means nothing; shown as an empty file that nobody may use
 
 
 class Node:
@@ -64,7 +55,6 @@ class Node:
         "generation",
         "group",
         "handles",
-        "held",
         "ino",
         "kept",
         "kind",
@@ -76,8 +66,10 @@ class Node:
         "orphan",
         "others",
         "parent",
+        "passed",
         "pin",
         "record",
+        "served",
         "template",
     )
 
@@ -102,7 +94,8 @@ class Node:
         self.generation = 0
         self.lookups = 0
         self.handles: list[Handle] | None = None
-        self.held = 0  # opens that need no descriptor of ours
+        self.passed = 0  # how often it is open by passthrough: the kernel has the file that holds its data
+        self.served = 0  # how often it is open without a handle of ours: its data is asked for by its number
         self.kept = False  # somebody has this object and counts in it
         self.children = 0  # registered nodes that have this one as their parent
         self.backing = 0  # inode number in the private area's file system, for OWN and DIRECTORY
@@ -127,7 +120,7 @@ class Node:
     @property
     def is_open(self) -> bool:
         """Whether somebody has it open, by a handle or by other means."""
-        return self.handles is not None or self.held > 0
+        return self.handles is not None or self.passed > 0 or self.served > 0
 
     @property
     def moved(self) -> bool:
@@ -154,12 +147,19 @@ class Place(NamedTuple):
         return self.name if self.folder is None else sys.entry_path(self.folder, self.name)
 
 
+def refuse_damaged(node: Node) -> None:
+    """Raise ``OSError`` ``EIO`` for what can only be seen and removed."""
+    if node.kind is Kind.DAMAGED:
+        raise OSError(errno.EIO, "a damaged magic link")
+
+
 class Handle:
     """An open file: ``fd`` stays the same number through a copy-up, what it refers to does not."""
 
-    __slots__ = ("fd", "flags", "node", "number")
+    __slots__ = ("fd", "flags", "node", "number", "uid")
 
-    def __init__(self, number: int, node: Node, fd: int, flags: int) -> None:
+    def __init__(self, number: int, node: Node, fd: int, flags: int, uid: int) -> None:
+        self.uid = uid
         self.number = number
         self.node = node
         self.fd = fd
@@ -167,8 +167,10 @@ class Handle:
 
 
 class Entry(NamedTuple):
-    """The answer to a look-up: node number, generation of that number, attributes."""
+    """The answer to a look-up: node number, generation of that number, attributes, for how many seconds the name is
+    certain."""
 
     number: int
     generation: int
     attributes: Attributes
+    name_s: int = LIFETIME_S

@@ -22,13 +22,14 @@ from collections.abc import Callable
 
 from vzfs.errors import VzfsError
 from vzfs.store import magic, sys
-from vzfs.store.index import Attributes
+from vzfs.store.index import LIFETIME_S, Attributes
 from vzfs.store.layout import FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR
 from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_record
 from vzfs.store.survey import parse_origin, read_xattr
 from vzfs.tree.area import PrivateArea, list_names, node_name
+from vzfs.tree.durable import Durable, unknown_attributes
 from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node, Place, private_number
 from vzfs.tree.pins import Pins
 from vzfs.tree.resume import Places, scan
@@ -50,21 +51,24 @@ class Nodes:
         self,
         area: PrivateArea,
         pins: Pins,
+        durable: Durable,
         load_template: Callable[[str], OpenTemplate],
         os_template: str,
         changed: Callable[[int], None] | None = None,
         *,
-        heed_splits: bool = False,
+        passthrough_above: int | None = None,
     ) -> None:
         self.area = area
         self._pins = pins
         self.changed = changed or _nobody
-        self._heed_splits = heed_splits
+        self._durable = durable
+        self._passthrough_above = passthrough_above
         self.resumed = False
         self._prefix: tuple[Node | None, bytes] = (None, b"")  # a directory and how links to its children begin
         self._places: Places | None = None
         self._load_template = load_template
         self._templates: dict[str, OpenTemplate] = {}
+        self._unsure: dict[str, list[int]] = {}
         self._table: dict[int, Node] = {}
         self._by_backing: dict[int, Node] = {}
         self._folded: dict[int, OpenTemplate] = {}
@@ -179,22 +183,49 @@ class Nodes:
             return node
         if not entry:
             return Node(number, Kind.FOLDED, number, template, 0)
-        parent_number = self.number_of(template, index.parent[entry])
-        if parent_number not in self._folded:
-            parent = self.get(parent_number)
-            if parent.dead:
-                raise OSError(errno.ESTALE, "the node is gone with its directory")
-            if parent.kind is Kind.DIRECTORY:
-                return self._found_at_default_place(parent, number, index.name(entry))
+        parent = self._parent_by_default(template, entry)
+        if parent.dead:
+            raise OSError(errno.ESTALE, "the node is gone with its directory")
+        if parent.kind is Kind.DIRECTORY:
+            return self._found_at_default_place(parent, number, index.name(entry))
         return self._unchanged(template, entry)
+
+    def _parent_by_default(self, template: OpenTemplate, entry: int) -> Node:
+        """The node of the directory that the template has ``entry`` in, found from the nearest known one downwards."""
+        parents = template.index.parent
+        chain = []
+        above = parents[entry]
+        while above and self.number_of(template, above) not in self._table:
+            if self.number_of(template, above) in self._folded:
+                break
+            chain.append(above)
+            above = parents[above]
+        node = self.get(self.number_of(template, above))
+        for below in reversed(chain):
+            if node.dead:
+                break
+            node = self._child_by_default(node, template, below)
+        return node
+
+    def _child_by_default(self, parent: Node, template: OpenTemplate, entry: int) -> Node:
+        """The node of a directory of the template that lies in ``parent``, or where a scan has found it."""
+        if parent.kind is not Kind.DIRECTORY:
+            return self._unchanged(template, entry)
+        number = self.number_of(template, entry)
+        try:
+            return self._found_at_default_place(parent, number, template.index.name(entry))
+        except OSError as error:
+            if not self.resumed or error.errno != errno.ESTALE:
+                raise
+        return self._scanned(number) or self._lost(number)
 
     # --------------------------------------------------------------------------------------------------- resuming
 
     def resume(self) -> None:
         """Understand, from now on, every number that a dead process gave the kernel for what is here."""
         self.resumed = True
-        for number in self._pins.inherited():
-            self._lost(number)
+        for number, attributes in self._pins.inherited():
+            self._lost(number, attributes)
         for name in list_names(self.area.orphans_fd):
             if name.isdigit():
                 self._register_orphan(name)
@@ -210,6 +241,7 @@ class Nodes:
         node = Node(number, Kind.OWN, number)
         if origin is not None and (split or number == self.number_of(*origin)):
             node = Node(number, Kind.OWN, self.number_of(*origin), *origin)
+        node.generation = self._durable.generation(number)
         node.orphan = name
         node.lookups = 1
         if stat.S_ISDIR(info.st_mode):
@@ -229,27 +261,34 @@ class Nodes:
             self._places = scan(self)
             with contextlib.suppress(OSError):
                 return self._by_default(number)  # its template may be known only now
-        place = self._places.get(number)
-        if place is None:
+        chain = []
+        above = number
+        while above in self._places and (above == number or above not in self._table):
+            above, name = self._places[above]
+            chain.append(name)
+        if not chain:
             return None
-        parent = self.get(place[0])
-        if parent.dead or parent.kind is not Kind.DIRECTORY:
-            return None
-        node = self.child(parent, place[1])
+        node: Node | None = self.get(above)
+        for name in reversed(chain):
+            if node is None or node.dead or node.kind is not Kind.DIRECTORY:
+                return None
+            node = self.child(node, name)
         return node if node is not None and node.number == number else None
 
-    def _lost(self, number: int) -> Node:
-        """A node for what is not here any more and had nothing on the disk that tells what it was."""
+    def _lost(self, number: int, last: Attributes | None = None) -> Node:
+        """A node for what is not here any more; ``last`` is what was told of it, if that is known."""
         template = self._template_of(number)
         if template is None:
-            node = Node(number, Kind.DIRECTORY, number)
-            node.last = Attributes(number, stat.S_IFDIR | 0o755, 0, 0, 0, 0, 0, 0, 4096, 0, 0, 0)
+            last = last or unknown_attributes(number)
+            kind = Kind.DIRECTORY if stat.S_ISDIR(last.mode) else Kind.OWN
+            node = Node(number, kind, last.ino)
+            node.generation = self._durable.generation(number)
         else:
             entry = number - template.base
-            node = Node(
-                number, Kind.FOLDED if template.index.is_directory(entry) else Kind.TEMPLATE, number, template, entry
-            )
-            node.last = template.index.attributes(entry)._replace(nlink=0)
+            kind = Kind.FOLDED if template.index.is_directory(entry) else Kind.TEMPLATE
+            node = Node(number, kind, number, template, entry)
+            last = last or template.index.attributes(entry)._replace(nlink=0)
+        node.last = last
         node.dead = True
         node.lookups = 1
         self.register(node)
@@ -387,7 +426,10 @@ class Nodes:
 
     def _linked(self, parent: Node, name: bytes, info: os.stat_result, text: bytes) -> Node:
         """The node that the magic link ``name`` means."""
-        template, entry = self._meant(parent, name, text)
+        meant = self._meant(parent, name, text)
+        if meant is None:
+            return self._damaged(parent, name, info)
+        template, entry = meant
         if self._in_group(template, entry):
             return self._group_node(template, entry)
         number = template.base + entry
@@ -395,14 +437,21 @@ class Nodes:
         if node is not None:
             return node
         node = self._unchanged(template, entry)
-        if info.st_nlink == 1 and not node.is_directory and read_record(self._at(parent, name)) is not None:
-            node.kind = Kind.RECORD
+        if info.st_nlink == 1 and not node.is_directory:
+            try:
+                if read_record(self._at(parent, name)) is not None:
+                    node.kind = Kind.RECORD
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                log.error("%r: %s", name, error.strerror)  # noqa: TRY400
+                return self._damaged(parent, name, info)
         self.place(node, parent, name)
         self.register(node)
         return node
 
-    def _meant(self, parent: Node, name: bytes, text: bytes) -> tuple[OpenTemplate, int]:
-        """The entry that the magic link ``text`` called ``name`` names. Raises ``OSError`` ``EIO``."""
+    def _meant(self, parent: Node, name: bytes, text: bytes) -> tuple[OpenTemplate, int] | None:
+        """The entry that the magic link ``text`` called ``name`` names; ``None`` when it is damaged."""
         if parent.template is not None:  # mostly that which the template has here
             if self._prefix[0] is not parent:
                 self._prefix = parent, parent.template.link_text(parent.entry) + b"/"
@@ -410,12 +459,31 @@ class Nodes:
             if here and text == self._prefix[1] + name:
                 return parent.template, here
         link = magic.parse(text)
-        template = self.template(link.template) if link else None
+        template = self._template_or_none(link.template) if link else None
         entry = template.index.find_path(link.path) if link and template else None
         if template is None or entry is None or self.number_of(template, entry) == ROOT_NUMBER:
             log.error("%r is a malformed or dangling magic link: %r", name, text)
-            raise OSError(errno.EIO, "malformed or dangling magic link", name)
+            return None
         return template, entry
+
+    def _template_or_none(self, name: str) -> OpenTemplate | None:
+        try:
+            return self.template(name)
+        except OSError as error:
+            log.error("a magic link can't be followed: %s", error.strerror)  # noqa: TRY400
+            return None
+
+    def _damaged(self, parent: Node, name: bytes, info: os.stat_result) -> Node:
+        """The node of a magic link that means nothing here: it can be seen and removed, and nothing else."""
+        node = self._by_backing.get(info.st_ino)
+        if node is None:
+            node = self.new_own(Kind.DAMAGED, info.st_ino)
+            self.set_own(node, Kind.DAMAGED, info.st_ino)
+            self.place(node, parent, name)
+            self.register(node)
+        else:
+            self.add_name(node, parent, name)
+        return node
 
     def _group_node(self, template: OpenTemplate, entry: int) -> Node:
         """The node of a link group, registered because its state is that of no single name."""
@@ -475,7 +543,9 @@ class Nodes:
         """What the object at ``path`` was copied from, and whether its readers kept the number, see ``split``."""
         data = read_xattr(path, ORIGIN_XATTR)
         origin = None if data is None else self._find_origin(data)
-        return origin, origin is not None and self._heed_splits and read_xattr(path, SPLIT_XATTR) is not None
+        return origin, origin is not None and self._passthrough_above is not None and read_xattr(
+            path, SPLIT_XATTR
+        ) is not None
 
     def new_own(self, kind: Kind, backing: int) -> Node:
         """A node for an object of the private area that came from no template, not yet registered."""
@@ -485,7 +555,10 @@ class Nodes:
         if previous is not None:  # unlinked, forgotten by the file system, not yet by the kernel
             node.generation = previous.generation + 1
             node.lookups = previous.lookups
+            self._durable.use_again(number, node.generation)
             self._pins.release(number)
+        else:
+            node.generation = self._durable.generation(number)
         return node
 
     # --------------------------------------------------------------------------------------------------- the table
@@ -594,7 +667,7 @@ class Nodes:
         if self.resumed:
             node.lookups = max(node.lookups, 1)  # the kernel forgets it for certain
         self._by_backing.pop(node.backing, None)
-        if node.lookups > 0:
+        if node.lookups > 0 and not node.orphan:
             self.area.hold(node)  # a process may be in it: to the kernel, a new node of its number would be its end
         else:
             self.area.forget(node)
@@ -714,7 +787,30 @@ class Nodes:
 
     def entry(self, node: Node, info: os.stat_result | None = None) -> Entry:
         """What a look-up of the node answers; ``info`` as for ``attributes``."""
-        return Entry(node.number, node.generation, self.attributes(node, info))
+        name_s = 0 if node.group and self.may_split(node) else LIFETIME_S
+        return Entry(node.number, node.generation, self.attributes(node, info), name_s)
+
+    def may_split(self, node: Node) -> bool:
+        """Whether the next writer may get a node of its own, because the kernel reads the template's file by itself."""
+        if node.kind is not Kind.TEMPLATE and node.kind is not Kind.RECORD:
+            return False
+        assert node.template is not None
+        return self.is_passed(node.template, node.entry)
+
+    def unsure_names(self, template: OpenTemplate) -> list[int]:
+        """Entries, ascending, of which another name may lead to another node from one moment to the next: see
+        ``may_split``. Their names must not be kept by the kernel."""
+        unsure = self._unsure.get(template.name)
+        if unsure is None:
+            links = enumerate(template.index.next_link)
+            unsure = [entry for entry, link in links if link != entry and self.is_passed(template, entry)]
+            self._unsure[template.name] = unsure
+        return unsure
+
+    def is_passed(self, template: OpenTemplate, entry: int) -> bool:
+        """Whether the kernel shall read the regular file ``entry`` of a template by itself, being large."""
+        above = self._passthrough_above
+        return above is not None and template.index.attributes(entry).size > above
 
     def attributes(self, node: Node, info: os.stat_result | None = None) -> Attributes:
         """What stat tells of the node; ``info`` is what stat(2) just said of the object that holds its data."""
@@ -724,6 +820,9 @@ class Nodes:
             return node.last
         if node.kind is Kind.OWN or node.kind is Kind.DIRECTORY:
             return self._own_attributes(node, info)
+        if node.kind is Kind.DAMAGED:
+            info = os.lstat(self.path(node))
+            return Attributes.of(info, node.ino, 1)._replace(mode=stat.S_IFREG, size=0)
         template = node.template
         assert template is not None
         base = template.index.attributes(node.entry)

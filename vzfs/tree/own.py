@@ -25,7 +25,7 @@ from vzfs.store.ownlink import make_own_link
 from vzfs.store.record import Record, read_own_xattrs
 from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.counters import Counters
-from vzfs.tree.node import Kind, Node, Readers
+from vzfs.tree.node import Kind, Node
 from vzfs.tree.nodes import Nodes
 from vzfs.tree.times import unchanged_times
 
@@ -39,9 +39,8 @@ _SET_ID = stat.S_ISUID | stat.S_ISGID
 class Owner:
     """Turns nodes of the template into the container's own."""
 
-    def __init__(self, nodes: Nodes, area: PrivateArea, sync: Sync, readers: Readers, counters: Counters) -> None:
+    def __init__(self, nodes: Nodes, area: PrivateArea, sync: Sync, counters: Counters) -> None:
         self._counters = counters
-        self._readers = readers
         self._nodes = nodes
         self._area = area
         self._sync = sync
@@ -144,7 +143,7 @@ class Owner:
         os.setxattr(copy, ORIGIN_XATTR, template.origin(node.entry), follow_symlinks=follow)
         apply_attributes(copy, attributes if mtime_ns is None else attributes._replace(mtime_ns=mtime_ns), xattrs)
         backing = os.stat(copy, follow_symlinks=follow).st_ino
-        keep_readers = node.is_open and not node.dead and self._readers is Readers.KEEP
+        keep_readers = node.passed > 0 and not node.dead
         if keep_readers:
             os.setxattr(copy, SPLIT_XATTR, b"1", follow_symlinks=follow)
         with contextlib.ExitStack() as cleaning:
@@ -155,6 +154,7 @@ class Owner:
             if keep_readers:
                 node.last = attributes
                 self._nodes.split(node, backing)
+                self._nodes.changed(node.number)
                 return
             self._nodes.set_own(node, Kind.OWN, backing)
             self._nodes.register(node)
@@ -212,9 +212,14 @@ class Owner:
             if xattrs is not None:
                 self._replace_xattrs(path, xattrs)
             os.setxattr(path, ATTR_XATTR, record.encode(), follow_symlinks=False)
+            _touch(path)  # the same value again would not move the change time
             node.record = record
             return
         self._make_record(node, record, xattrs, self._nodes.attributes(node).nlink)
+
+    def touch(self, node: Node) -> None:
+        """Move the change time of what stores the node."""
+        _touch(self._nodes.path(node))
 
     def _record(self, node: Node) -> Record:
         if node.kind is not Kind.RECORD or node.dead:
@@ -371,6 +376,12 @@ def _best_effort(what: str) -> Iterator[None]:
         yield
     except OSError:
         log.exception("can't %s", what)
+
+
+def _touch(path: bytes) -> None:
+    """Move the change time of what is at ``path``, not followed."""
+    info = os.lstat(path)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns), follow_symlinks=False)
 
 
 def no_space(error: OSError) -> bool:

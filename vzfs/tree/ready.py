@@ -40,6 +40,8 @@ class Ready:
                 node.lookups += 1
             elif number in nodes.groups:
                 return None
+            if index.next_link[entry] != entry and nodes.is_passed(template, entry):
+                return index.entry_out_unsure(entry)
             return index.entry_out(entry)
 
     def attributes(self, number: int) -> bytes | None:
@@ -48,13 +50,19 @@ class Ready:
             found = self._nodes.unchanged(number)
             return None if found is None else found[0].index.attributes_out(found[1])
 
-    def listing(self, number: int, offset: int, size: int) -> memoryview | None:
+    def listing(self, number: int, offset: int, size: int) -> memoryview | bytearray | None:
         """As many whole records of a directory's listing with attributes (``fuse_direntplus``), after the first
         ``offset`` ones, as fit into ``size`` bytes. The records of ``.`` and ``..`` are not counted as known.
         """
         with self._lock:
             found = self._nodes.even_listing(number)
-            return None if found is None else found[0].index.listing_part(found[1], offset, size)
+            if found is None:
+                return None
+            template, entry = found
+            unsure = self._nodes.unsure_names(template)
+            if unsure:
+                return template.index.listing_part_unsure(entry, offset, size, unsure)
+            return template.index.listing_part(entry, offset, size)
 
     def no_xattrs(self, number: int) -> bool:
         """Whether the node certainly has no extended attributes at all."""

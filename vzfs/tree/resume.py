@@ -12,10 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vzfs.store import magic, sys
-from vzfs.store.survey import Folder, root_folder
+from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.layout import CONF, NLINK_XATTR, Layout
+from vzfs.store.opened import parse_group_key
+from vzfs.store.survey import Folder, Survey, Templates, root_folder
+from vzfs.tree.area import PrivateArea, list_names
+from vzfs.tree.durable import Durable
 from vzfs.tree.node import ROOT_NUMBER, private_number
 
 if TYPE_CHECKING:
@@ -35,6 +41,29 @@ def scan(nodes: Nodes) -> Places:
         with contextlib.closing(_Reader(nodes, places, number, folder)) as reader:
             pending.extend(reader.read())
     return places
+
+
+def count_doubted(layout: Layout, container: Path, area: PrivateArea, durable: Durable) -> None:
+    """Count the names of the link group that the predecessor was just counting, if it was, and note the number."""
+    if not durable.doubt:
+        return
+    templates = Templates(layout)
+    try:
+        survey = Survey(container, templates, templates.get(Conf.load(container / CONF).get(OSTEMPLATE)))
+        survey.read(area.root_fd)
+        for key in list_names(area.links_fd):
+            group = parse_group_key(key)
+            template = templates.get(group[0]) if group else None
+            if group is None or template is None or template.base + group[1] != durable.doubt:
+                continue
+            names = survey.names_of(template, group[1])
+            if names:
+                os.setxattr(sys.entry_path(area.links_fd, key), NLINK_XATTR, b"%d" % names, follow_symlinks=False)
+            else:
+                os.rename(key, b"%d" % durable.doubt, src_dir_fd=area.links_fd, dst_dir_fd=area.orphans_fd)
+    finally:
+        templates.close()
+    durable.doubt = 0
 
 
 class _Reader:

@@ -25,7 +25,7 @@ from vzfs.store.index import Attributes
 from vzfs.store.ownlink import make_own_link
 from vzfs.tree.core import ROOT, SLOW_COPY, Caller, Changes
 from vzfs.tree.files import BACKING_FLAGS, Files
-from vzfs.tree.node import Entry, Handle, Kind, Node
+from vzfs.tree.node import Entry, Handle, Kind, Node, refuse_damaged
 from vzfs.tree.nodes import check_name
 
 Made = TypeVar("Made")
@@ -121,21 +121,31 @@ class Tree(Files):
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Handle, Entry]:
         """Make a regular file and open it, or open it if it is there and ``flags`` don't have ``O_EXCL``."""
         check_name(name)
+        self._check_room(caller)
         self._own_directory(parent)
-        with self.lock:
-            directory = self._living_directory(parent)
-            if not flags & os.O_EXCL:
-                present = self._nodes.child(directory, name)
-                if present is not None:
-                    handle = self.open(present.number, flags, caller)
-                    present.lookups += 1
-                    return handle, self._nodes.entry(present)
-            with _NewFile(mode, flags) as make:
-                backing, entry = self._make_in(directory, name, caller, make)
-            return self._add_handle(self._nodes.get(entry.number), backing, flags), entry
+        while True:
+            with self.lock:
+                directory = self._living_directory(parent)
+                present = None if flags & os.O_EXCL else self._nodes.child(directory, name)
+                if present is None:
+                    return self._create(directory, name, mode, flags, caller)
+            # Not under the lock: it may be waiting for whoever is copying the file.
+            handle = self.open(present.number, flags, caller)
+            with self.lock:
+                node = self._nodes.child(self._directory(parent), name)
+                if node is handle.node:
+                    node.lookups += 1
+                    return handle, self._nodes.entry(node)
+            self.release(handle.number)  # it is another file by now
+
+    def _create(self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Handle, Entry]:
+        with _NewFile(mode, flags) as make:
+            backing, entry = self._make_in(directory, name, caller, make)
+        return self._add_handle(self._nodes.get(entry.number), backing, flags, caller), entry
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Handle, Entry]:
         """Make a regular file without a name and open it (``O_TMPFILE``); ``link`` may give it one."""
+        self._check_room(caller)
         self._own_directory(parent)
         with self.lock:
             fd = self._nodes.directory_fd(self._living_directory(parent))
@@ -149,7 +159,7 @@ class Tree(Files):
             node.lookups += 1
             node.last = self._nodes.attributes(node)
             self._nodes.register(node)
-            return self._add_handle(node, backing, flags), self._nodes.entry(node)
+            return self._add_handle(node, backing, flags, caller), self._nodes.entry(node)
 
     def link(self, number: int, parent: int, name: bytes) -> Entry:
         """Make ``name`` one more hard link to the node."""
@@ -161,6 +171,7 @@ class Tree(Files):
             fd = self._nodes.directory_fd(directory)
             if node.is_directory:
                 raise PermissionError(errno.EPERM, "a directory has one name", name)
+            refuse_damaged(node)
             if self._exists(fd, name):
                 raise FileExistsError(errno.EEXIST, "exists", name)
             if node.dead:
@@ -189,6 +200,7 @@ class Tree(Files):
         assert node.template is not None
         if not node.group:
             self._owner.make_group(node)
+        self._durable.doubt = node.number
         self._owner.change_group_nlink(node, +1)
         try:
             node.template.plant_link(fd, name, node.entry)
@@ -196,6 +208,8 @@ class Tree(Files):
         except BaseException:
             self._owner.change_group_nlink(node, -1)
             raise
+        finally:
+            self._durable.doubt = 0
 
     @staticmethod
     def _exists(fd: int, name: bytes) -> bool:
@@ -269,7 +283,7 @@ class Tree(Files):
         assert node.last is not None
         if node.is_open or self._nodes.resumed or node.last.blocks * 512 > SLOW_COPY:
             return False
-        return self._pins.pin(node, folder, name)
+        return self._pins.pin(node, folder, name, node.last)
 
     def _loses_last_name(self, node: Node, info: os.stat_result | None) -> bool:
         """Whether the node, about to lose a name, has only that; then its attributes without it are noted."""
@@ -293,6 +307,7 @@ class Tree(Files):
         """
         orphan = node.orphan
         if node.group:
+            self._durable.doubt = node.number
             self._owner.begin_counting(node)
         try:
             yield
@@ -305,8 +320,10 @@ class Tree(Files):
             self._owner.count_lost_name(node)
 
     def _after_losing_name(self, node: Node, directory: Node, name: bytes, *, last: bool) -> None:
-        if node.group and last:
-            self._owner.end_group(node)
+        if node.group:
+            if last:
+                self._owner.end_group(node)
+            self._durable.doubt = 0
         if last:
             self._nodes.bury(node)
         elif not node.group:
@@ -347,8 +364,10 @@ class Tree(Files):
 
     # -------------------------------------------------------------------------------------------------------- renaming
 
-    def rename(self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
-        """rename(2) with the flags of renameat2(2)."""
+    def rename(
+        self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int = 0, request: int = 0
+    ) -> None:
+        """rename(2) with the flags of renameat2(2); a successor can ask about ``request``, see ``renamed``."""
         if flags & ~(sys.RENAME_NOREPLACE | sys.RENAME_EXCHANGE | sys.RENAME_WHITEOUT):
             raise OSError(errno.EINVAL, "unknown rename flags")
         check_name(new_name)
@@ -359,12 +378,27 @@ class Tree(Files):
             source, _ = self._existing(source_dir, old_name)
             target, info = self._nodes.find(target_dir, new_name)
             self._check_rename(source, target, source_dir, target_dir, flags)
-            folded = None if target is None or flags else _must_be_real(source, target)
-            if folded is None:
-                self._rename(source_dir, old_name, source, target_dir, new_name, target, info, flags)
+            first = self._to_be_own(source, target, flags)
+            if first is None:
+                self._rename(source_dir, old_name, source, target_dir, new_name, target, info, flags, request)
                 return
-        self._own_directory(folded.number)
-        self.rename(old_parent, old_name, new_parent, new_name, flags)
+        if first.is_directory:
+            self._own_directory(first.number)
+        else:
+            self.own_file(first.number)
+        self.rename(old_parent, old_name, new_parent, new_name, flags, request)
+
+    def renamed(self, request: int, old_parent: int, old_name: bytes) -> bool:
+        """Whether ``request``, one that leaves something at the old name, had been carried out by a predecessor."""
+        noted = self._durable.noted_rename(request)
+        if noted is None:
+            return False
+        with self.lock:
+            directory = self._directory(old_parent)
+            if directory.kind is not Kind.DIRECTORY or directory.dead:
+                return False
+            fd = self._nodes.directory_fd(directory)
+            return os.lstat(old_name, dir_fd=fd).st_ino != noted
 
     def _check_rename(self, source: Node, target: Node | None, source_dir: Node, target_dir: Node, flags: int) -> None:
         """What the kernel checks as well, and what only we know."""
@@ -405,6 +439,7 @@ class Tree(Files):
         target: Node | None,
         target_info: os.stat_result | None,
         flags: int,
+        request: int,
     ) -> None:
         if target is not None and target.number == source.number:
             return  # two names of one inode: rename(2) does nothing
@@ -427,6 +462,8 @@ class Tree(Files):
         with self._losing_name(target) if target is not None and not exchange else contextlib.nullcontext():
             if keep and target is not None:
                 self._owner.link_to_orphans(target, target_fd, new_name)
+            if request and flags & (sys.RENAME_EXCHANGE | sys.RENAME_WHITEOUT):
+                self._durable.note_rename(request, os.lstat(old_name, dir_fd=source_fd).st_ino)
             step("rename:before")
             sys.renameat2(source_fd, old_name, target_fd, new_name, flags)
             step("rename:done")
@@ -443,12 +480,29 @@ class Tree(Files):
         if target is not None and exchange:
             self._moved(target, target_dir, new_name, source_dir, old_name)
 
+    @staticmethod
+    def _to_be_own(source: Node, target: Node | None, flags: int) -> Node | None:
+        """What has to be made the container's own before a rename, if anything.
+
+        A template's symbolic link or device, since a record holds the new change time of regular files only; and one of
+        two directories, see ``_must_be_real``.
+        """
+        if target is not None and target.number == source.number:
+            return None
+        for node in (source, target if flags & sys.RENAME_EXCHANGE else None):
+            if node is not None and node.kind is Kind.TEMPLATE:
+                assert node.template is not None
+                if not stat.S_ISREG(node.template.index.mode(node.entry)):
+                    return node
+        return None if target is None or flags else _must_be_real(source, target)
+
     def _change_ctime(self, node: Node) -> None:
-        """Give a template's regular file that is renamed a change time of its own: incremental backups go by it."""
+        """Give what is renamed a change time of its own, by which incremental backups go, where the store's rename(2)
+        doesn't: a template's regular file, and what lies in a link group's record."""
         if node.kind in (Kind.TEMPLATE, Kind.RECORD):
-            assert node.template is not None
-            if stat.S_ISREG(node.template.index.mode(node.entry)):
-                self._owner.change_record(node, lambda record: record)
+            self._owner.change_record(node, lambda record: record)
+        elif node.group:
+            self._owner.touch(node)
 
     def _moved(self, node: Node, old_directory: Node, old_name: bytes, directory: Node, name: bytes) -> None:
         if not node.group:

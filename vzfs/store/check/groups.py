@@ -11,7 +11,7 @@ from vzfs.store import magic, sys
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.layout import ATTR_XATTR, COW, LINKS, NLINK_XATTR, RESERVED_PREFIX, STAGE
-from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
+from vzfs.store.opened import SPLIT_XATTR, OpenTemplate, parse_group_key
 from vzfs.store.record import Record
 from vzfs.store.survey import Spot, Survey, read_xattr
 from vzfs.store.template import printable
@@ -22,7 +22,7 @@ def check_records(ground: Ground, report: Report, survey: Survey) -> None:
     for key in sorted(survey.groups):
         path = os.fsencode(COW) + b"/" + LINKS + b"/" + key
         lose = ground.in_cow(LINKS, key, ground.lost.take)
-        group = parse_key(key)
+        group = parse_group_key(key)
         if group is None:
             report(path, "malformed", "is no name of a link group's record", lose)
             continue
@@ -70,14 +70,6 @@ def _disturbed(survey: Survey) -> set[tuple[OpenTemplate, int]]:
         elif index.next_link[entry] != entry:
             found.add((template, index.leader[entry]))
     return found
-
-
-def parse_key(key: bytes) -> tuple[str, int] | None:
-    """Template and leader in the name of a record."""
-    name, colon, number = key.decode("ascii", "replace").rpartition(":")
-    if not colon or not magic.valid_template_name(name) or not number.isdecimal() or len(number) > 10:
-        return None
-    return (name, int(number)) if str(int(number)) == number else None
 
 
 def _is_directory(template: OpenTemplate, entry: int) -> bool:

@@ -1,31 +1,28 @@
 """POSIX ACLs: from the text that tar archives carry to the bytes of ``system.posix_acl_*``.
 
 Text forms: acl(5), long and short, entries parted by commas or newlines, and star's with the numeric id as a fourth
-field (``user:lisa:rwx:502``). Binary form: <linux/posix_acl_xattr.h>, version 2.
+field (``user:lisa:rwx:502``). Binary form: ``vzfs.store.acl``.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
+
+from vzfs.store.acl import ENTRY, GROUP, GROUP_OBJ, MASK, OTHER, UNDEFINED_ID, USER, USER_OBJ, VERSION
 
 LookUp = Callable[[bytes], int | None]
 """From a name to its id; ``None`` when nobody has that name."""
 
-_VERSION = struct.pack("<I", 2)
-_ENTRY = struct.Struct("<HHI")
-_UNDEFINED_ID = 0xFFFFFFFF
-_USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
-_NAMED = {_USER_OBJ: _USER, _GROUP_OBJ: _GROUP}
+_NAMED = {USER_OBJ: USER, GROUP_OBJ: GROUP}
 _TAGS = {
-    b"user": _USER_OBJ,
-    b"u": _USER_OBJ,
-    b"group": _GROUP_OBJ,
-    b"g": _GROUP_OBJ,
-    b"mask": _MASK,
-    b"m": _MASK,
-    b"other": _OTHER,
-    b"o": _OTHER,
+    b"user": USER_OBJ,
+    b"u": USER_OBJ,
+    b"group": GROUP_OBJ,
+    b"g": GROUP_OBJ,
+    b"mask": MASK,
+    b"m": MASK,
+    b"other": OTHER,
+    b"o": OTHER,
 }
 _BITS = {b"r": 4, b"w": 2, b"x": 1, b"-": 0}
 
@@ -42,29 +39,24 @@ def parse(text: bytes, uid_of: LookUp, gid_of: LookUp) -> bytes:
             entries.append(_entry(entry, uid_of, gid_of))
     if not entries:
         return b""
-    return _VERSION + b"".join(_ENTRY.pack(*entry) for entry in sorted(entries, key=lambda e: (e[0], e[2])))
-
-
-def is_minimal(binary: bytes) -> bool:
-    """Whether an ACL says nothing that the permission bits don't: user, group and other, without names or a mask."""
-    return len(binary) <= len(_VERSION) + 3 * _ENTRY.size
+    return VERSION + b"".join(ENTRY.pack(*entry) for entry in sorted(entries, key=lambda e: (e[0], e[2])))
 
 
 def _entry(text: bytes, uid_of: LookUp, gid_of: LookUp) -> tuple[int, int, int]:
     fields = text.split(b":")
     tag = _TAGS.get(fields[0])
     # "other:r--" and "mask:r--" are written by some systems without the empty middle field.
-    if len(fields) == 2 and tag in (_MASK, _OTHER):
+    if len(fields) == 2 and tag in (MASK, OTHER):
         fields.insert(1, b"")
     if tag is None or len(fields) not in (3, 4):
         raise ValueError(f"malformed ACL entry {text[:80]!r}")
     name, permissions = fields[1], fields[2]
     bits = _permissions(permissions, text)
     if not name:
-        return tag, bits, _UNDEFINED_ID
+        return tag, bits, UNDEFINED_ID
     if tag not in _NAMED:
         raise ValueError(f"malformed ACL entry {text[:80]!r}")
-    look_up = uid_of if tag == _USER_OBJ else gid_of
+    look_up = uid_of if tag == USER_OBJ else gid_of
     return _NAMED[tag], bits, _id(name, fields[3:], look_up)
 
 
@@ -80,7 +72,7 @@ def _permissions(text: bytes, entry: bytes) -> int:
 
 def _id(name: bytes, numbers: list[bytes], look_up: LookUp) -> int:
     for text in (*numbers, name):
-        if text.isdigit() and len(text) <= 10 and int(text) < _UNDEFINED_ID:
+        if text.isdigit() and len(text) <= 10 and int(text) < UNDEFINED_ID:
             return int(text)
     found = look_up(name)
     if found is None:

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 
 from vzfs.errors import SourceError
+from vzfs.store.acl import is_minimal
 from vzfs.store.progress import Progress
 from vzfs.store.sources import acl
 from vzfs.store.sources.attributes import ACL_ACCESS, ACL_DEFAULT, Attributes, is_known, is_reserved
@@ -139,7 +140,7 @@ def _xattrs(member: Member, owners: Owners) -> dict[bytes, bytes]:
     for keyword, value in member.extensions.items():
         if keyword in _ACL_TEXTS:
             binary = _acl(member, value, owners)
-            if binary and not (keyword == b"SCHILY.acl.access" and acl.is_minimal(binary)):
+            if binary and not (keyword == b"SCHILY.acl.access" and is_minimal(binary)):
                 xattrs.setdefault(_ACL_TEXTS[keyword], binary)
         elif keyword == _SELINUX:
             xattrs.setdefault(b"security.selinux", value.rstrip(b"\0") + b"\0")  # the kernel's form ends with NUL
