@@ -1,7 +1,7 @@
 """Keeps a mount's device open and serves it on whenever its server dies: what a supervisor will do in production.
 
-Run as a program: ``python -m tests.keeper ORDER_JSON PID DEVICE_FD STATE_FD``; takes the two descriptors from process
-PID, says ``ready``, then prints the pid of every successor. Ends when one ends by itself.
+Run as a program: ``python -m tests.keeper ORDER_JSON PID DEVICE_FD STATE_FD LOCK_FD``; takes the three descriptors from
+process PID, says ``ready``, then prints the pid of every successor. Ends when one ends by itself.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import json
 import os
 import select
 import sys
-import time
 
-from vzfs.errors import BusyError
 from vzfs.fuse import direct, serve
 from vzfs.fuse.serve import Order
 
@@ -39,28 +37,17 @@ def wait_for_end(pid: int) -> None:
     os.close(pidfd)
 
 
-def succeed(order: Order) -> None:
-    """Serve in this process, as soon as the predecessor has let go of the lock."""
-    for _ in range(1000):
-        try:
-            serve.serve(order)
-            return
-        except BusyError:  # its last thread is still closing files
-            time.sleep(0.001)
-    raise SystemExit("the predecessor's lock is still held")
-
-
 def main() -> None:
     assert direct.NEEDED  # imported before it is needed in a hurry
     pid = int(sys.argv[2])
-    device, state = take_fd(pid, int(sys.argv[3])), take_fd(pid, int(sys.argv[4]))
-    order = Order(**{**json.loads(sys.argv[1]), "device": device, "state": state})
+    device, state, lock = (take_fd(pid, int(number)) for number in sys.argv[3:6])
+    order = Order(**{**json.loads(sys.argv[1]), "device": device, "state": state, "lock": lock})
     print("ready", flush=True)
     wait_for_end(pid)
     while True:
         child = os.fork()
         if not child:
-            succeed(order)
+            serve.serve(order)
             os._exit(0)
         print(child, flush=True)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) >= 0:

@@ -57,8 +57,9 @@ def container(clean_path: Path) -> EngineContainer:
 
 @pytest.fixture
 def root(container: EngineContainer) -> Iterator[Path]:
-    """The mounted root. At the end the template must be what it was, and the container clean."""
-    with container.mounted() as mounted:
+    """The mounted root, all files passed through, as large ones are; ``test_served`` has the small ones. At the end the
+    template must be what it was, and the container clean."""
+    with container.mounted(passthrough_above=0) as mounted:
         assert container.status().engine == "direct"
         yield mounted
     assert container.check() == []
@@ -207,7 +208,7 @@ def test_copies_share_extents_where_the_store_can(tmp_path: Path, filesystem: st
         store = EngineStore(disk / "vz", "direct")
         store.create_template("t", str(source))
         container = store.create(101, template="t")
-        with container.mounted() as root:
+        with container.mounted(passthrough_above=0) as root:
             os.sync()
             used = used_bytes(disk)
             copy_all(root / "big", root / "copy", size)  # of the template's
@@ -437,7 +438,7 @@ def test_capabilities_count_when_executed(clean_path: Path, place: str) -> None:
     store = EngineStore(clean_path / "vz", "direct")
     store.create_template(SMALL, str(source))
     container = store.create(101, template=SMALL)
-    with container.mounted() as root:
+    with container.mounted(passthrough_above=0) as root:
         if place == "own":
             run("cp", "/usr/sbin/capsh", root / "capsh")
             run("setcap", "cap_net_raw=ep", root / "capsh")
@@ -604,7 +605,7 @@ def forget_pages(path: Path) -> None:
 def test_containers_share_the_page_cache(container: EngineContainer) -> None:
     other = container.store.create(102, template=SMALL)
     backing = container.store.template(SMALL).path / "big"
-    with container.mounted() as root, other.mounted() as second:
+    with container.mounted(passthrough_above=0) as root, other.mounted(passthrough_above=0) as second:
         forget_pages(backing)
         assert cached_bytes(backing) == 0
         (root / "big").read_bytes()

@@ -24,6 +24,7 @@ import pytest
 
 from tests.engines import PATIENCE_S, EngineContainer, EngineStore
 from tests.realuse_helpers import alive, clean, environment, wait_for
+from vzfs.fuse.mount import PASSTHROUGH_ABOVE
 from vzfs.store.lock import read_holder
 
 FILES = 300
@@ -55,14 +56,15 @@ class Kept:
 
 
 @contextlib.contextmanager
-def kept(tmp_path: Path, plant: Callable[[Path], None]) -> Iterator[Kept]:
+def kept(tmp_path: Path, plant: Callable[[Path], None], passthrough_above: int = PASSTHROUGH_ABOVE) -> Iterator[Kept]:
+    """With ``passthrough_above`` 0, all files are passed through; by default none of those that are planted here."""
     source = tmp_path / "source"
     source.mkdir()
     plant(source)
     store = EngineStore(tmp_path / "vz", "direct")
     store.create_template("t", str(source))
     container = store.create(101, template="t")
-    root = container.mount()
+    root = container.mount(passthrough_above=passthrough_above)
     keeper = None
     try:
         holder = read_holder(container.path)
@@ -73,9 +75,10 @@ def kept(tmp_path: Path, plant: Callable[[Path], None]) -> Iterator[Kept]:
             "container": str(container.path),
             "mountpoint": str(root),
             "engine": "direct",
+            "passthrough_above": passthrough_above,
             "log": str(container.path / "vzfs.log"),
         }
-        arguments = [json.dumps(order), str(holder.pid), device, str(holder.state)]
+        arguments = [json.dumps(order), str(holder.pid), device, str(holder.state), str(holder.lock)]
         keeper = subprocess.Popen(
             [sys.executable, "-m", "tests.keeper", *arguments], env=environment(), stdout=subprocess.PIPE, text=True
         )
@@ -230,8 +233,9 @@ def test_killed_under_load(tmp_path: Path) -> None:
         assert mount.container.stats().incarnation == kills + 1
 
 
-def test_everything_that_is_held_is_understood(tmp_path: Path) -> None:
-    with kept(tmp_path, plant_files) as mount, contextlib.ExitStack() as ending:
+@pytest.mark.parametrize("passthrough_above", [0, PASSTHROUGH_ABOVE])
+def test_everything_that_is_held_is_understood(tmp_path: Path, passthrough_above: int) -> None:
+    with kept(tmp_path, plant_files, passthrough_above) as mount, contextlib.ExitStack() as ending:
         root = mount.root
         held: dict[str, int] = {}
 
@@ -285,7 +289,8 @@ def test_everything_that_is_held_is_understood(tmp_path: Path) -> None:
             assert {name: _told(fd) for name, fd in held.items()} == before
 
         assert os.pread(held["template"], 100, 0) == b"0 template\n"
-        assert os.pread(held["old reader"], 100, 0) == b"1 template\n1 template\n"
+        old = b"1" if passthrough_above == 0 else b"W"
+        assert os.pread(held["old reader"], 100, 0) == old + b" template\n1 template\n"
         assert os.pread(held["new writer"], 100, 0) == b"W template\n1 template\n"
         os.pwrite(held["new writer"], b"X", 0)
         assert (root / "d1/e1/f1").read_bytes() == b"X template\n1 template\n"

@@ -24,6 +24,7 @@ from types import FrameType
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.mount import PASSTHROUGH_ABOVE, attach, detach, source_name, unmount_dead, vzfs_mount
 from vzfs.fuse.state import DURABLE, OPEN, State
+from vzfs.store import sys
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.container import remember_user
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
@@ -35,6 +36,8 @@ from vzfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
+DEEP = 100_000
+"""Frames of Python that a walk through a hostile container's directories may take; they are no C stack."""
 JOURNAL_SOCKET = "/dev/log"
 _NOBODY_WAITS = f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}"
 
@@ -56,6 +59,8 @@ class Order:
     device: int = -1
     """Descriptor of a mount that is there already, to be served from now on; and the state that goes with it."""
     state: int = -1
+    lock: int = -1
+    """Descriptor of the container's lock, held by who gives the order; else it is taken."""
 
 
 @dataclass(slots=True)
@@ -88,7 +93,7 @@ def serve(order: Order, report_fd: int = -1) -> None:
         raise UsageError(f"there is no engine {order.engine!r}", remedy=f"the engines are: {', '.join(ENGINES)}")
     holder = Holder(os.getpid(), "mounts", time.time(), str(mountpoint), order.engine, order.read_only)
     with contextlib.ExitStack() as ending:
-        lock = Lock.acquire(container, holder)
+        lock = Lock.acquire(container, holder) if order.lock < 0 else Lock(order.lock)
         ending.callback(lock.release)
         _set_up_log(order)
         resumed = order.device >= 0
@@ -99,7 +104,7 @@ def serve(order: Order, report_fd: int = -1) -> None:
         served = _adopt(order, mountpoint) if resumed else _mount(order, container, mountpoint)
         ending.callback(log.info, "unmounted %s", mountpoint)
         ending.callback(served.end)
-        holder = replace(holder, engine=served.engine, device=served.device, state=served.state.fd)
+        holder = replace(holder, engine=served.engine, device=served.device, state=served.state.fd, lock=lock.fileno())
         lock.describe(holder)
         run = _run_direct if served.engine == "direct" else _run_portable
         remember_user(layout, template, container)
@@ -227,10 +232,22 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _set_up_process() -> None:
     os.umask(0)  # modes come from the kernel, with the program's umask applied
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _raise_descriptor_limit()
+    python.setrecursionlimit(DEEP)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-900")  # its death takes a container's root away
+    # Last, the above needs it. With it the kernel would let passed-through writes into reserved blocks and over quota.
+    sys.drop_capability(sys.CAP_SYS_RESOURCE)
+
+
+def _raise_descriptor_limit() -> None:
+    """As far as this process may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = int(Path("/proc/sys/fs/nr_open").read_text())
+    for limit in (most, hard):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, max(limit, hard)))
+            return
 
 
 def _prepare_mountpoint(mountpoint: Path) -> None:

@@ -30,7 +30,7 @@ class Holder:
     """Who holds a lock: a process, what it does, and what it serves; ``since`` in seconds since 1970.
 
     ``device`` is the served file system's ``major:minor``; ``state`` the process's descriptor of what it counts
-    (``vzfs.fuse.state``).
+    (``vzfs.fuse.state``), ``lock`` that of the lock itself: who holds a copy of it keeps the lock held.
     """
 
     pid: int
@@ -41,6 +41,7 @@ class Holder:
     read_only: bool = False
     device: str | None = None
     state: int | None = None
+    lock: int | None = None
 
 
 class Lock:

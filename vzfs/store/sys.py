@@ -36,6 +36,8 @@ FS_APPEND_FL = 0x20
 FS_OWNERS_FL = 0x01 | 0x02 | 0x04 | 0x08 | 0x40 | 0x80 | 0x8000 | 0x10000 | 0x20000 | 0x800000
 """What a file's owner may change: SECRM, UNRM, COMPR, SYNC, NODUMP, NOATIME, NOTAIL, DIRSYNC, TOPDIR, NOCOW."""
 
+CAP_SYS_RESOURCE = 24  # <linux/capability.h>
+_CAPABILITY_VERSION_3 = 0x20080522
 _AT_FDCWD = -100  # <linux/fcntl.h>
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
@@ -82,6 +84,17 @@ def _check(result: int, name: bytes = b"") -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), name)
     return result
+
+
+def drop_capability(capability: int) -> None:
+    """Give up a capability for good, in this thread and those that it starts (capset(2)). Raises ``OSError``."""
+    head = struct.pack("=II", _CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)
+    _check(_libc.capget(ctypes.c_char_p(head), data))
+    words = list(struct.unpack("=6I", data.raw))
+    for word in range(3):  # effective, permitted, inheritable
+        words[capability // 32 * 3 + word] &= ~(1 << capability % 32)
+    _check(_libc.capset(ctypes.c_char_p(head), ctypes.c_char_p(struct.pack("=6I", *words))))
 
 
 def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: int = RESOLVE_STRICT) -> int:
