@@ -17,8 +17,11 @@ from tests.behaviours import BEHAVIOURS, FEATURES, Behaviour, plant
 from tests.engines import ENGINES, EngineStore
 from vzfs import Container
 
-# What libfuse 3.14 and pyfuse3 do not pass on. SEEK_HOLE then finds one hole, at the end; the others are refused.
-_LACKING = {"pyfuse3": {"fallocate", "getflags", "seek-hole", "tmpfile"}, "direct": set[str]()}
+# What libfuse 3.14 and pyfuse3 do not pass on, or the kernel does not ask of them. SEEK_HOLE then finds one hole, at the end; the others are refused.
+_LACKING = {
+    "pyfuse3": {"fallocate", "getflags", "seek-hole", "setgid-without-execute", "tmpfile"},
+    "direct": set[str](),
+}
 # What files of the template lack: a folded directory moves as one link.
 _TEMPLATE = {"directory-ctime"}
 # What those that are passed through lack: readers keep the template's data.
@@ -147,7 +150,7 @@ if "direct" in ENGINES:
 # The groups of behaviours that say something of a target which differs from another in what happens to open files only.
 GROUPS = {
     name_of("direct", MountPassed.kind): frozenset(
-        {"data", "exec", "links", "locks", "permissions", "rename", "times", "unlinked", "xattrs"}
+        {"data", "exec", "links", "locks", "openfiles", "permissions", "rename", "setid", "times", "unlinked", "xattrs"}
     )
 }
 

@@ -37,6 +37,8 @@ from . import (  # isort: skip  # noqa: F401
     unlinked,
     xattrs,
     permissions,
+    setid,
+    openfiles,
     times,
     locks,
     special,

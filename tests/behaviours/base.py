@@ -23,6 +23,7 @@ FEATURES = frozenset(
         "fallocate",  # fallocate(2), all modes that ext4 has
         "getflags",  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS
         "seek-hole",  # lseek(2) with SEEK_HOLE and SEEK_DATA finds real holes
+        "setgid-without-execute",  # a writer outside the group takes setgid also where the group may not execute
         "tmpfile",  # open(2) with O_TMPFILE
     }
 )
