@@ -17,7 +17,8 @@ from tests.behaviours import BEHAVIOURS, FEATURES, Behaviour, plant
 from tests.engines import ENGINES, EngineStore
 from vzfs import Container
 
-# What libfuse 3.14 and pyfuse3 do not pass on, or the kernel does not ask of them. SEEK_HOLE then finds one hole, at the end; the others are refused.
+# What libfuse 3.14 and pyfuse3 do not pass on, or the kernel does not ask of them.
+# SEEK_HOLE then finds one hole, at the end; the others are refused.
 _LACKING = {
     "pyfuse3": {"fallocate", "getflags", "seek-hole", "setgid-without-execute", "tmpfile"},
     "direct": set[str](),

@@ -47,6 +47,7 @@ STACK_DEPTH = 1
 WANTED = (
     InitFlag.ASYNC_READ
     | InitFlag.ATOMIC_O_TRUNC
+    | InitFlag.EXPORT_SUPPORT
     | InitFlag.BIG_WRITES
     | InitFlag.DONT_MASK
     | InitFlag.HAS_IOCTL_DIR

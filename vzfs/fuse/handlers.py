@@ -93,6 +93,10 @@ class Handlers:
 
     def _lookup(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         name = wire.name(body)
+        if name in _DOTS:  # who has a file handle, see open_by_handle_at(2)
+            self._words[_STORE] += 1
+            look_up = self._tree.lookup_number if name == b"." else self._tree.lookup_parent
+            return self.entry_out(look_up(node))
         ready = self._tree.ready_lookup(node, name)
         if ready is not None:
             self._words[_INDEX] += 1
@@ -507,6 +511,7 @@ class Handlers:
 
     def _set_flags(self, node: int, flags: int) -> bytes:
         self._tree.set_file_flags(node, flags)
+        self._files.attributes_changed(node)
         return wire.IOCTL_OUT.pack(0, 0, 0, 0)
 
     # ----------------------------------------------------------------------------------------------------- directories

@@ -208,7 +208,11 @@ class OpenFiles:
         """The file may change through a mapping from now on, and what the kernel knows of its times be wrong."""
         file.mapped = True
         self._note(file)
-        self._device.send(wire.attributes_changed(file.number))
+        self.attributes_changed(file.number)
+
+    def attributes_changed(self, number: int) -> None:
+        """Let the kernel ask for the node's attributes again."""
+        self._device.send(wire.attributes_changed(number))
 
     def close(self, file: OpenFile, handle: int, request: int) -> None:
         """Count one opening less, by ``request``."""

@@ -219,6 +219,19 @@ def birth_time(path: bytes) -> int | None:
     return int(seconds * 1_000_000_000 + nanoseconds)
 
 
+def generation_of(dir_fd: int, name: bytes) -> int:
+    """What tells the object ``name``, not followed (``b""``: ``dir_fd`` itself), from others that have had its inode
+    number or will: 31 bits of when it was made, never 0; 0 where the file system doesn't know that. Raises ``OSError``.
+    """
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH
+    _check(_libc.statx(dir_fd, ctypes.c_char_p(name), flags, _STATX_BTIME, buffer), name)
+    if not int.from_bytes(buffer.raw[:4], "little") & _STATX_BTIME:
+        return 0
+    seconds, nanoseconds = struct.unpack_from("=qI", buffer, _STATX_BTIME_AT)
+    return int(1 + (seconds * 1_000_000_000 + nanoseconds) % 0x7FFFFFFE)
+
+
 def get_file_flags(fd: int) -> int:
     """The ``FS_*_FL`` of an open file, as lsattr(1) shows them."""
     buffer = bytearray(8)

@@ -21,10 +21,6 @@ DIRECTORY_CACHE = 256
 """Directory descriptors kept open at most: the working set of a package installation, far below any limit."""
 
 
-REMOVED_CACHE = 1024
-"""Descriptors of removed directories kept at most; to the kernel, more of them may end when their number is reused."""
-
-
 class Sync(enum.Enum):
     """When copied-up data is flushed; fsync(2) of a program always is. Metadata is kept in order by a journal."""
 
@@ -44,7 +40,6 @@ class PrivateArea:
         self.root_fd = os.open(container / PRIVATE_AREA, _PATH | os.O_NOFOLLOW)
         self.stage_fd = self.links_fd = self.orphans_fd = -1
         self._open: OrderedDict[Node, int] = OrderedDict()
-        self._removed: dict[Node, int] = {}
         self._staged = 0
         self._cow_fd = os.open(container / COW, _PATH | os.O_NOFOLLOW)
         with contextlib.suppress(FileNotFoundError):
@@ -62,8 +57,6 @@ class PrivateArea:
         """Close every descriptor."""
         while self._open:
             os.close(self._open.popitem()[1])
-        while self._removed:
-            os.close(self._removed.popitem()[1])
         for fd in (self.root_fd, self._cow_fd, self.stage_fd, self.links_fd, self.orphans_fd):
             if fd >= 0:
                 os.close(fd)
@@ -126,23 +119,13 @@ class PrivateArea:
 
     def forget(self, node: Node) -> None:
         """Close a directory's descriptor, if it is open."""
-        for descriptors in (self._open, self._removed):
-            fd = descriptors.pop(node, None)
-            if fd is not None:
-                os.close(fd)
-
-    def hold(self, node: Node) -> None:
-        """Keep a just removed directory's descriptor until ``forget``: its inode number is not given away before.
-
-        Of the first ``REMOVED_CACHE`` of them, so that nobody can use up the process's descriptors.
-        """
-        fd = self._open.pop(node, None)
-        if fd is None:
-            return
-        if len(self._removed) < REMOVED_CACHE:
-            self._removed[node] = fd
-        else:
+        fd = self.take(node)
+        if fd is not None:
             os.close(fd)
+
+    def take(self, node: Node) -> int | None:
+        """Give away a directory's descriptor, if it is open."""
+        return self._open.pop(node, None)
 
 
 def node_name(node: Node) -> bytes:

@@ -112,7 +112,6 @@ class Core:
             self._nodes = Nodes(
                 self._area,
                 self._pins,
-                self._durable,
                 lambda name: OpenTemplate(layout, name),
                 conf.get(OSTEMPLATE),
                 changed,
@@ -143,6 +142,20 @@ class Core:
             node.lookups += 1
             return self._nodes.entry(node, info)
 
+    def lookup_number(self, number: int) -> Entry:
+        """What has the number of a file handle, counted as known to the kernel. Raises ``OSError`` ``ESTALE``."""
+        with self.lock:
+            node = self._nodes.living(number)
+            node.lookups += 1
+            return self._nodes.entry(node)
+
+    def lookup_parent(self, number: int) -> Entry:
+        """The directory that holds the directory ``number``, counted as known. Raises ``OSError`` ``ESTALE``."""
+        with self.lock:
+            node = self._nodes.parent(self._nodes.living(number))
+            node.lookups += 1
+            return self._nodes.entry(node)
+
     def remember(self, number: int) -> None:
         """Count one more look-up of ``number`` by the kernel (an entry of a listing with attributes)."""
         with self.lock:
@@ -164,6 +177,9 @@ class Core:
 
     def _discard_orphan(self, node: Node) -> None:
         kept = self._pins.release(node.number)
+        if node.number in self._nodes.stand_ins:
+            self._nodes.stand_ins.remove(node.number)
+            sys.remove_tree(self._area.orphans_fd, b"%d" % node.number)
         if node.orphan:
             remove = os.rmdir if node.is_directory else os.unlink
             remove(node.orphan, dir_fd=self._area.orphans_fd)

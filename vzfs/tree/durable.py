@@ -19,14 +19,11 @@ Words: TypeAlias = MutableSequence[int] | memoryview
 PINS = 1024
 """Removed files that are remembered at the same time, see ``vzfs.tree.pins``."""
 PIN_WORDS = 1 + len(Attributes._fields)
-GENERATIONS = 2048
-"""Numbers remembered that were used again, each with its generation."""
 RENAMES = 32
 """Exchanges remembered, more than are ever being done at once: the number of threads is half of that."""
 _RENAME_WORDS = 2
 _DOUBT, _NEXT_RENAME, _PINS_AT = 0, 1, 2
-_GENERATIONS_AT = _PINS_AT + PINS * PIN_WORDS
-_RENAMES_AT = _GENERATIONS_AT + GENERATIONS * 2
+_RENAMES_AT = _PINS_AT + PINS * PIN_WORDS
 DURABLE_WORDS = _RENAMES_AT + RENAMES * _RENAME_WORDS
 _WORD = (1 << 64) - 1
 
@@ -36,9 +33,7 @@ class Durable:
 
     def __init__(self, words: Words | None = None) -> None:
         self._words = [0] * DURABLE_WORDS if words is None else words
-        self._free = [at for at in range(_GENERATIONS_AT - PIN_WORDS, _PINS_AT - 1, -PIN_WORDS) if not self._words[at]]
-        self._generations = {self._words[at]: at for at in range(_GENERATIONS_AT, _RENAMES_AT, 2) if self._words[at]}
-        self._next_generation = len(self._generations) % GENERATIONS  # they are never given up but for another
+        self._free = [at for at in range(_RENAMES_AT - PIN_WORDS, _PINS_AT - 1, -PIN_WORDS) if not self._words[at]]
 
     # ---------------------------------------------------------------------------------------------------- link groups
 
@@ -55,7 +50,7 @@ class Durable:
 
     def pinned(self) -> Iterator[tuple[int, int]]:
         """Number of each remembered file, and its place."""
-        for at in range(_PINS_AT, _GENERATIONS_AT, PIN_WORDS):
+        for at in range(_PINS_AT, _RENAMES_AT, PIN_WORDS):
             if self._words[at]:
                 yield self._words[at], at
 
@@ -78,25 +73,6 @@ class Durable:
         """Remember the file no longer."""
         self._words[at] = 0
         self._free.append(at)
-
-    # ---------------------------------------------------------------------------------------------------- generations
-
-    def generation(self, number: int) -> int:
-        """Which use of ``number`` the present one is: 0 unless it is remembered to be another."""
-        at = self._generations.get(number)
-        return 0 if at is None else self._words[at + 1]
-
-    def use_again(self, number: int, generation: int) -> None:
-        """Remember the generation of a number that the kernel may still know of an earlier use."""
-        at = self._generations.get(number, -1)
-        if at < 0:
-            at = _GENERATIONS_AT + self._next_generation * 2
-            self._next_generation = (self._next_generation + 1) % GENERATIONS
-            self._generations.pop(self._words[at], None)  # the oldest makes room
-            self._words[at] = 0
-            self._generations[number] = at
-        self._words[at + 1] = generation
-        self._words[at] = number
 
     # -------------------------------------------------------------------------------------------------------- exchanges
 

@@ -29,7 +29,7 @@ from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_record
 from vzfs.store.survey import parse_origin, read_xattr
 from vzfs.tree.area import PrivateArea, list_names, node_name
-from vzfs.tree.durable import Durable, unknown_attributes
+from vzfs.tree.durable import unknown_attributes
 from vzfs.tree.node import ROOT_NUMBER, Entry, Kind, Node, Place, private_number
 from vzfs.tree.pins import Pins
 from vzfs.tree.resume import Places, scan
@@ -51,7 +51,6 @@ class Nodes:
         self,
         area: PrivateArea,
         pins: Pins,
-        durable: Durable,
         load_template: Callable[[str], OpenTemplate],
         os_template: str,
         changed: Callable[[int], None] | None = None,
@@ -61,9 +60,11 @@ class Nodes:
         self.area = area
         self._pins = pins
         self.changed = changed or _nobody
-        self._durable = durable
         self._passthrough_above = passthrough_above
         self.resumed = False
+        self.stand_ins: set[int] = (
+            set()
+        )  # lost numbers (``Pins.lost``) that something in cow/orphans keeps from being used
         self._prefix: tuple[Node | None, bytes] = (None, b"")  # a directory and how links to its children begin
         self._places: Places | None = None
         self._load_template = load_template
@@ -207,6 +208,23 @@ class Nodes:
             node = self._child_by_default(node, template, below)
         return node
 
+    def living(self, number: int) -> Node:
+        """The node of a number that a file handle has, which may be of an earlier mount. Raises ``OSError`` ``ESTALE``.
+
+        The first unknown one of the container's own costs a few microseconds for each name in a real directory.
+        """
+        node = self._table.get(number)
+        if node is None:
+            try:
+                node = self._by_default(number)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                node = self._scanned(number)
+        if node is None or node.dead:
+            raise OSError(errno.ESTALE, "nothing has that number any more")
+        return node
+
     def _child_by_default(self, parent: Node, template: OpenTemplate, entry: int) -> Node:
         """The node of a directory of the template that lies in ``parent``, or where a scan has found it."""
         if parent.kind is not Kind.DIRECTORY:
@@ -227,7 +245,9 @@ class Nodes:
         for number, attributes in self._pins.inherited():
             self._lost(number, attributes)
         for name in list_names(self.area.orphans_fd):
-            if name.isdigit():
+            if name.isdigit() and int(name) in self._pins.lost:
+                self.stand_ins.add(int(name))
+            elif name.isdigit():
                 self._register_orphan(name)
 
     def is_known(self, node: Node) -> bool:
@@ -241,7 +261,8 @@ class Nodes:
         node = Node(number, Kind.OWN, number)
         if origin is not None and (split or number == self.number_of(*origin)):
             node = Node(number, Kind.OWN, self.number_of(*origin), *origin)
-        node.generation = self._durable.generation(number)
+        if node.number != node.ino or node.template is None:
+            node.generation = sys.generation_of(self.area.orphans_fd, name)
         node.orphan = name
         node.lookups = 1
         if stat.S_ISDIR(info.st_mode):
@@ -282,7 +303,6 @@ class Nodes:
             last = last or unknown_attributes(number)
             kind = Kind.DIRECTORY if stat.S_ISDIR(last.mode) else Kind.OWN
             node = Node(number, kind, last.ino)
-            node.generation = self._durable.generation(number)
         else:
             entry = number - template.base
             kind = Kind.FOLDED if template.index.is_directory(entry) else Kind.TEMPLATE
@@ -477,7 +497,7 @@ class Nodes:
         """The node of a magic link that means nothing here: it can be seen and removed, and nothing else."""
         node = self._by_backing.get(info.st_ino)
         if node is None:
-            node = self.new_own(Kind.DAMAGED, info.st_ino)
+            node = self.new_own(Kind.DAMAGED, info.st_ino, sys.generation_of(self.directory_fd(parent), name))
             self.set_own(node, Kind.DAMAGED, info.st_ino)
             self.place(node, parent, name)
             self.register(node)
@@ -506,6 +526,8 @@ class Nodes:
         # A dead node of that number is what readers keep, see ``split``.
         free = number if node is None and not split else private_number(info.st_ino)
         node = Node(free, Kind.RECORD, number, template, leader, group=True)
+        if free != number:
+            node.generation = sys.generation_of(self.area.links_fd, key)
         if own:
             self.set_own(node, Kind.OWN, info.st_ino)
         self.register(node)
@@ -519,7 +541,9 @@ class Nodes:
                 self.add_name(node, parent, name)
             return node
         kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
-        node = self._copied(parent, name, kind, info.st_ino) or self.new_own(kind, info.st_ino)
+        node = self._copied(parent, name, kind, info.st_ino)
+        if node is None:
+            node = self.new_own(kind, info.st_ino, sys.generation_of(self.directory_fd(parent), name))
         self.place(node, parent, name)
         self.set_own(node, kind, info.st_ino)
         self.register(node)
@@ -534,7 +558,9 @@ class Nodes:
             return None
         number = self.number_of(*origin)
         if split:
-            return Node(private_number(backing), kind, number, *origin)
+            copy = Node(private_number(backing), kind, number, *origin)
+            copy.generation = sys.generation_of(self.directory_fd(parent), name)
+            return copy
         if number not in self._table:
             return Node(number, kind, number, *origin)
         return None  # somebody copied the object together with its origin: only one can keep the number
@@ -547,18 +573,20 @@ class Nodes:
             path, SPLIT_XATTR
         ) is not None
 
-    def new_own(self, kind: Kind, backing: int) -> Node:
-        """A node for an object of the private area that came from no template, not yet registered."""
+    def new_own(self, kind: Kind, backing: int, generation: int) -> Node:
+        """A node for an object of the private area that came from no template, not yet registered.
+
+        ``generation`` is the object's (``sys.generation_of``): the kernel tells by it a new object from one of the same
+        number that is gone, whoever serves it.
+        """
         number = private_number(backing)
         node = Node(number, kind, number)
+        node.generation = generation
         previous = self._table.get(number)
         if previous is not None:  # unlinked, forgotten by the file system, not yet by the kernel
-            node.generation = previous.generation + 1
+            node.generation = generation or previous.generation + 1
             node.lookups = previous.lookups
-            self._durable.use_again(number, node.generation)
             self._pins.release(number)
-        else:
-            node.generation = self._durable.generation(number)
         return node
 
     # --------------------------------------------------------------------------------------------------- the table
@@ -649,10 +677,14 @@ class Nodes:
         for parent, name in list(node.others or ()):
             self._leave_other(node, parent, name)
 
+    def is_lost(self, backing: int) -> bool:
+        """Whether an object of the inode number ``backing`` would be taken for one that is gone, see ``Pins.lost``."""
+        return bool(self._pins.lost) and private_number(backing) in self._pins.lost
+
     def adopt(self, parent: Node, name: bytes, info: os.stat_result) -> Node:
         """The node of the just made object ``name``."""
         kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
-        node = self.new_own(kind, info.st_ino)
+        node = self.new_own(kind, info.st_ino, sys.generation_of(self.directory_fd(parent), name))
         node.folded_children = 0
         self.place(node, parent, name)
         self.set_own(node, kind, info.st_ino)
@@ -667,10 +699,11 @@ class Nodes:
         if self.resumed:
             node.lookups = max(node.lookups, 1)  # the kernel forgets it for certain
         self._by_backing.pop(node.backing, None)
-        if node.lookups > 0 and not node.orphan:
-            self.area.hold(node)  # a process may be in it: to the kernel, a new node of its number would be its end
-        else:
-            self.area.forget(node)
+        fd = self.area.take(node)
+        if fd is not None and node.lookups > 0 and not node.orphan and node.last is not None:
+            self._pins.keep(node, fd, node.last)  # a process may be in it
+        elif fd is not None:
+            os.close(fd)
         self.leave_all_places(node)
         self.register(node)
         self.changed(node.number)
@@ -702,9 +735,10 @@ class Nodes:
         self.leave_all_places(node)
         return True
 
-    def split(self, node: Node, backing: int) -> Node:
+    def split(self, node: Node, backing: int, generation: int) -> Node:
         """Leave the node to who has it open, and its names to a new node for the object ``backing``."""
         copy = Node(private_number(backing), Kind.OWN, node.ino, node.template, node.entry, group=node.group)
+        copy.generation = generation
         copy.parent, copy.name, node.parent = node.parent, node.name, None
         node.dead = True
         self.register(node)

@@ -25,7 +25,7 @@ from vzfs.store.ownlink import make_own_link
 from vzfs.store.record import Record, read_own_xattrs
 from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.counters import Counters
-from vzfs.tree.node import Kind, Node
+from vzfs.tree.node import Kind, Node, private_number
 from vzfs.tree.nodes import Nodes
 from vzfs.tree.times import unchanged_times
 
@@ -92,6 +92,16 @@ class Owner:
             os.setxattr(fd, sys.ACL_XATTRS[1], acl)
             yield fd
 
+    def stands_in(self, folder: int, staged: bytes) -> bool:
+        """Whether what was just made has a number that it may not have, and so was put where it keeps others off it."""
+        backing = os.lstat(staged, dir_fd=folder).st_ino
+        if not self._nodes.is_lost(backing):
+            return False
+        number = private_number(backing)
+        os.rename(staged, b"%d" % number, src_dir_fd=folder, dst_dir_fd=self._area.orphans_fd)
+        self._nodes.stand_ins.add(number)
+        return True
+
     def _clear_stage(self, staged: bytes) -> None:
         with _best_effort("clear the stage"):
             self.discard_stage(staged)
@@ -107,6 +117,9 @@ class Owner:
         """Stage a copy of the first ``size`` bytes of ``source_fd``, of the template's ``mode``, without its other
         attributes yet; gives a descriptor of it."""
         fd = os.open(name, _NEW_FILE, stat.S_IMODE(mode) & ~_SET_ID, dir_fd=self._area.stage_fd)
+        while self.stands_in(self._area.stage_fd, name):
+            os.close(fd)
+            fd = os.open(name, _NEW_FILE, stat.S_IMODE(mode) & ~_SET_ID, dir_fd=self._area.stage_fd)
         try:
             step("copy-up:made")
             written = size > 0 and sys.copy_data(source_fd, fd, size)
@@ -153,7 +166,7 @@ class Owner:
             self._counters.copy_ups += 1
             if keep_readers:
                 node.last = attributes
-                self._nodes.split(node, backing)
+                self._nodes.split(node, backing, sys.generation_of(fd, b""))
                 self._nodes.changed(node.number)
                 return
             self._nodes.set_own(node, Kind.OWN, backing)

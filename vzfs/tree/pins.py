@@ -2,10 +2,10 @@
 
 A file of the container's own that loses its last name while nobody has it open goes at once. Until the kernel forgets
 it, mostly right away, a descriptor keeps its inode, so that no new file gets its number and what still refers to it (a
-descriptor opened with ``O_PATH``) stays usable.
+descriptor opened with ``O_PATH``) stays usable. So do removed directories that could not be given another name.
 
 Rule: number and attributes of each are in memory that a successor of this process maps (``Durable``). It can't have the
-descriptors, but knows what not to take for a new file, and what to tell of it.
+descriptors, but knows what to tell of them, and that no new object may have such a number: see ``lost``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ class Pins:
     def __init__(self, durable: Durable) -> None:
         self._durable = durable
         self._held: dict[int, tuple[Node | None, int]] = {}
+        self.lost: set[int] = set()
+        """Numbers of what a predecessor kept. To the kernel, a new object of such a number would be the end of the old
+        one: whoever still refers to that would get EIO."""
 
     def inherited(self) -> Iterator[tuple[int, Attributes]]:
         """Number and attributes of what a predecessor kept: without descriptor from now on, until ``release``."""
         for number, at in self._durable.pinned():
             self._held[number] = None, at
+            self.lost.add(number)
             yield number, self._durable.pinned_attributes(at)
 
     def pin(self, node: Node, folder: int, name: bytes, attributes: Attributes) -> bool:
@@ -39,6 +43,10 @@ class Pins:
             fd = os.open(name, _PATH, dir_fd=folder)
         except OSError:  # no descriptor left
             return False
+        return self.keep(node, fd, attributes)
+
+    def keep(self, node: Node, fd: int, attributes: Attributes) -> bool:
+        """Keep the node by the descriptor ``fd``, which is closed if that is not possible."""
         at = self._durable.pin(node.number, attributes)
         if at < 0:
             os.close(fd)
@@ -53,6 +61,7 @@ class Pins:
         if at < 0:
             return False
         self._durable.unpin(at)
+        self.lost.discard(number)
         if node is not None:
             os.close(node.pin)
             node.pin = -1

@@ -72,7 +72,8 @@ class Tree(Files):
         """
         fd = self._nodes.directory_fd(directory)
         gid = _given_group(fd)
-        if caller.uid == os.geteuid() and (gid is not None or caller.gid == os.getegid()):
+        rooted = caller.uid == os.geteuid() and (gid is not None or caller.gid == os.getegid())
+        if rooted and not self._pins.lost:
             os.umask(caller.umask)
             try:
                 made = make(fd, name)
@@ -96,6 +97,8 @@ class Tree(Files):
                 os.umask(caller.umask)
                 try:
                     made = make(stage, staged)
+                    while self._owner.stands_in(stage, staged):
+                        made = make(stage, staged)
                 finally:
                     os.umask(0)
                 step("make:made")
@@ -153,7 +156,7 @@ class Tree(Files):
                 _NewFile(mode, flags) as make,
                 self._made_on_stage(fd, _given_group(fd), caller, make) as (backing, stage, staged),
             ):
-                node = self._nodes.new_own(Kind.OWN, os.fstat(backing).st_ino)
+                node = self._nodes.new_own(Kind.OWN, os.fstat(backing).st_ino, sys.generation_of(backing, b""))
                 self._owner.move_to_orphans(node, stage, staged)
             node.dead = True
             node.lookups += 1
@@ -541,7 +544,10 @@ def _add_mode(folder: int, name: bytes, bits: int) -> None:
 
 
 class _NewFile:
-    """Makes and opens a regular file with the flags of open(2), when called; it is closed again if the block fails."""
+    """Makes and opens a regular file with the flags of open(2), when called; called again, it closes the one of before.
+
+    It is closed again if the block fails.
+    """
 
     __slots__ = ("_fd", "_flags", "_mode")
 
@@ -551,6 +557,9 @@ class _NewFile:
         self._fd = -1
 
     def __call__(self, folder: int, name: bytes) -> int:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
         self._fd = os.open(name, self._flags, self._mode, dir_fd=folder)
         return self._fd
 
