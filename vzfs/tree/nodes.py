@@ -62,9 +62,7 @@ class Nodes:
         self.changed = changed or _nobody
         self._passthrough_above = passthrough_above
         self.resumed = False
-        self.stand_ins: set[int] = (
-            set()
-        )  # lost numbers (``Pins.lost``) that something in cow/orphans keeps from being used
+        self.stand_ins: set[int] = set()  # of ``Pins.lost``, those that something in cow/orphans keeps from being used
         self._prefix: tuple[Node | None, bytes] = (None, b"")  # a directory and how links to its children begin
         self._places: Places | None = None
         self._load_template = load_template
