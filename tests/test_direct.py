@@ -821,3 +821,24 @@ def test_direct_says_why_it_can_not(container: EngineContainer) -> None:
     assert "--engine pyfuse3" in said
     with container.mounted(engine="direct"):  # nothing is left of the attempt
         assert container.status().engine == "direct"
+
+
+def test_reading_moves_no_access_time(container: EngineContainer) -> None:
+    """As the mount says (``noatime``): of the container's own files too, also when the kernel reads them by itself."""
+    with container.mounted() as root:
+        for name in ("lib/large", "etc/passwd", "own"):
+            if name == "own":
+                (root / name).write_bytes(b"own")
+            else:
+                os.close(os.open(root / name, os.O_WRONLY))
+            os.utime(root / name, (1, time.time()))
+            with opened(root / name, os.O_RDONLY) as fd, mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as view:
+                assert os.read(fd, 3) == view[:3]
+            assert os.stat(root / name).st_atime == 1, name
+            assert os.stat(container.path / "private" / name).st_atime == 1, name
+        (root / "own").rename(root / "lib/moved")
+        assert (root / "usr/share/doc/one/copyright").read_bytes()
+        (root / "usr/share/doc/one/new").touch()
+        links = [path for path in (container.path / "private/usr/share/doc/one").iterdir() if path.is_symlink()]
+        assert links
+        assert all(path.lstat().st_nlink > 1 for path in links), "not from the farm"

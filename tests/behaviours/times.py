@@ -349,3 +349,36 @@ def explicit_atime_survives_stat_and_chmod(d: Place) -> None:
     os.chmod(d / "a/b/f", 0o600)
     os.setxattr(d / "a/b/f", "user.k", b"v")
     assert os.stat(d / "a/b/f").st_atime_ns == 123_456_789_012
+
+
+@behaviour(seeds=[File("f", b"x", mode=0o644)])
+def chmod_to_the_same_mode_moves_ctime(d: Place) -> None:
+    for _ in range(3):
+        before = os.stat(d / "f").st_ctime_ns
+        tick()
+        os.chmod(d / "f", 0o600)
+        assert os.stat(d / "f").st_ctime_ns > before
+
+
+@behaviour(
+    seeds=[
+        File("f", b"x"),
+        Symlink("l", "target"),
+        Fifo("p"),
+        File("one", b"x"),
+        HardLink("two", "one"),
+        Symlink("s1", "target"),
+        HardLink("s2", "s1"),
+    ]
+)
+def rename_moves_ctime_of_everything(d: Place) -> None:
+    for name in ("f", "l", "p", "one", "s1"):
+        before = os.lstat(d / name)
+        tick()
+        os.rename(d / name, d / f"{name}-moved")
+        after = os.lstat(d / f"{name}-moved")
+        assert after.st_ctime_ns > before.st_ctime_ns, name
+        assert (after.st_ino, after.st_mtime_ns, after.st_mode) == (before.st_ino, before.st_mtime_ns, before.st_mode)
+        assert after.st_nlink == before.st_nlink
+    assert os.lstat(d / "two").st_ctime_ns == os.lstat(d / "one-moved").st_ctime_ns
+    assert os.readlink(d / "l-moved") == os.readlink(d / "s2") == "target"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 from vzfs.errors import NotFoundError
 from vzfs.store import sys
@@ -11,6 +12,7 @@ from vzfs.store.faults import step
 from vzfs.store.index import Attributes, Index
 from vzfs.store.layout import ORIGIN_XATTR, Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import MagicLink, valid_template_name
+from vzfs.store.view import View
 
 SPLIT_XATTR = "trusted.vzfs.split"
 """On a copied-up file whose readers kept the template's data under the old node number: it has another one since."""
@@ -47,7 +49,8 @@ class OpenTemplate:
 
     __slots__ = ("_farm_fd", "_plain_fd", "_root_fd", "base", "end", "index", "name")
 
-    def __init__(self, layout: Layout, name: str) -> None:
+    def __init__(self, layout: Layout, name: str, view: View | None = None) -> None:
+        """Links are planted through ``view``, if given, as the directories must be in which they are."""
         paths = layout.template(name)
         self.name = name
         self.index = open_index(layout, name)
@@ -55,11 +58,13 @@ class OpenTemplate:
         self.end = self.base + self.index.count
         self._plain_fd = os.open(paths.tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self._root_fd = sys.clone_mount(sys.fd_path(self._plain_fd))
+            self._root_fd = sys.clone_mount(
+                sys.fd_path(self._plain_fd), sys.MOUNT_RDONLY | sys.MOUNT_NOSUID | sys.MOUNT_NOATIME
+            )
         except OSError:  # not permitted in a container, unknown to an old kernel: then O_NOATIME must do
             self._root_fd = os.dup(self._plain_fd)
         try:
-            self._farm_fd = os.open(paths.links, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._farm_fd = _open_farm(paths.links) if view is None else view.open_directory(paths.links)
         except FileNotFoundError:
             self._farm_fd = -1
 
@@ -113,6 +118,10 @@ class OpenTemplate:
         step("unfold:planted")
         os.setxattr(dir_fd, ORIGIN_XATTR, self.origin(entry))
         apply_attributes(dir_fd, self.index.attributes(entry), self.index.xattrs(entry))
+
+
+def _open_farm(path: Path) -> int:
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def parse_group_key(key: bytes) -> tuple[str, int] | None:

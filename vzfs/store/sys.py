@@ -42,9 +42,9 @@ _AT_FDCWD = -100  # <linux/fcntl.h>
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1  # <linux/mount.h>
-_MOUNT_ATTR_RDONLY = 0x1
-_MOUNT_ATTR_NOSUID = 0x2
-_MOUNT_ATTR_NOATIME = 0x10
+MOUNT_RDONLY = 0x1
+MOUNT_NOSUID = 0x2
+MOUNT_NOATIME = 0x10
 _MOUNT_ATTR_ATIME = 0x70  # the mask of all that say when access times are written
 _STATX_BTIME = 0x800  # <linux/stat.h>
 _STATX_SIZE = 256
@@ -128,23 +128,20 @@ def mount(source: bytes, target: bytes, fstype: bytes, flags: int, data: bytes) 
     )
 
 
-def clone_mount(path: str | bytes) -> int:
-    """A descriptor (``O_PATH``) of the directory ``path`` in a private copy of its mount: whatever is opened through it
-    can't be written, and reading leaves its access time alone (open_tree(2) and mount_setattr(2), Linux 5.12).
+def clone_mount(path: str | os.PathLike[str] | bytes, attributes: int) -> int:
+    """A descriptor (``O_PATH``) of the directory ``path`` in a private copy of its mount with the ``MOUNT_*``
+    ``attributes``, to which nobody else has a way (open_tree(2) and mount_setattr(2), Linux 5.12).
 
     Raises ``OSError``: ``EPERM`` without CAP_SYS_ADMIN, ``ENOSYS``.
     """
     name = os.fsencode(path)
     fd = _check(_libc.syscall(_NR_OPEN_TREE, _AT_FDCWD, ctypes.c_char_p(name), _OPEN_TREE_CLONE | os.O_CLOEXEC), name)
-    attributes = struct.pack(
-        "=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NOATIME, _MOUNT_ATTR_ATIME, 0, 0
-    )
-    size = ctypes.c_size_t(len(attributes))
+    cleared = _MOUNT_ATTR_ATIME if attributes & MOUNT_NOATIME else 0
+    wanted = struct.pack("=QQQQ", attributes, cleared, 0, 0)
+    size = ctypes.c_size_t(len(wanted))
     try:
         _check(
-            _libc.syscall(
-                _NR_MOUNT_SETATTR, fd, ctypes.c_char_p(b""), _AT_EMPTY_PATH, ctypes.c_char_p(attributes), size
-            )
+            _libc.syscall(_NR_MOUNT_SETATTR, fd, ctypes.c_char_p(b""), _AT_EMPTY_PATH, ctypes.c_char_p(wanted), size)
         )
     except BaseException:
         os.close(fd)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vzfs.store import sys
 from vzfs.store.layout import COW, LINKS, ORPHANS, OWN_FOLDER_MODE, PRIVATE_AREA, STAGE
+from vzfs.store.view import View
 from vzfs.tree.node import Node
 
 _PATH = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -33,15 +34,16 @@ class Sync(enum.Enum):
 
 
 class PrivateArea:
-    """Descriptors of a container's folders; ``cow`` folders are made as needed unless ``read_only``."""
+    """Descriptors of a container's folders; ``cow`` folders are made as needed unless ``read_only``; both are
+    opened through ``view``."""
 
-    def __init__(self, container: Path, *, read_only: bool) -> None:
+    def __init__(self, container: Path, view: View, *, read_only: bool) -> None:
         self.read_only = read_only
-        self.root_fd = os.open(container / PRIVATE_AREA, _PATH | os.O_NOFOLLOW)
+        self.root_fd = view.open_directory(container / PRIVATE_AREA)
         self.stage_fd = self.links_fd = self.orphans_fd = -1
         self._open: OrderedDict[Node, int] = OrderedDict()
         self._staged = 0
-        self._cow_fd = os.open(container / COW, _PATH | os.O_NOFOLLOW)
+        self._cow_fd = view.open_directory(container / COW)
         with contextlib.suppress(FileNotFoundError):
             self.links_fd = self._cow_folder(LINKS, make=not read_only)
             self.stage_fd = self._cow_folder(STAGE, make=not read_only)

@@ -25,6 +25,7 @@ from vzfs.store.index import Attributes
 from vzfs.store.layout import CONF, Layout
 from vzfs.store.opened import OpenTemplate
 from vzfs.store.ownlink import read_own_link
+from vzfs.store.view import View
 from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.counters import Counters
 from vzfs.tree.durable import Durable, Words
@@ -101,7 +102,8 @@ class Core:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most_handles = max(limit - OWN_DESCRIPTORS, limit // 2)
         self._scarce_from = self._most_handles * 3 // 4
-        self._area = PrivateArea(container, read_only=read_only)
+        self._view = View(container, layout.templates)
+        self._area = PrivateArea(container, self._view, read_only=read_only)
         try:
             if not read_only:
                 self._area.clear_stage()
@@ -112,7 +114,7 @@ class Core:
             self._nodes = Nodes(
                 self._area,
                 self._pins,
-                lambda name: OpenTemplate(layout, name),
+                lambda name: OpenTemplate(layout, name, self._view),
                 conf.get(OSTEMPLATE),
                 changed,
                 passthrough_above=passthrough_above,
@@ -122,6 +124,7 @@ class Core:
                 self._nodes.resume()
         except BaseException:
             self._area.close()
+            self._view.close()
             raise
         self.counters = Counters()
         self._slow_copy = {Sync.NONE: SLOW_COPY, Sync.DATA: 0, Sync.FULL: _NOTHING_IS_QUICK}[sync]  # a flush is long

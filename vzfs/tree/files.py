@@ -42,6 +42,7 @@ class Files(Core):
             self._pins.close()
             self._nodes.close()
             self._area.close()
+            self._view.close()
 
     # --------------------------------------------------------------------------------------------------- open files
 
