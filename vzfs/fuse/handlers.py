@@ -432,14 +432,15 @@ class Handlers:
         return self._later(header, self._flush_data, node, handle, bool(flags & wire.FSYNC_FDATASYNC))
 
     def _flush_data(self, node: int, handle: int, data_only: bool) -> bytes:
-        failed = None
-        try:
-            with self._descriptor(node, os.O_RDONLY) as fd:
-                (os.fdatasync if data_only else os.fsync)(fd)
-        except OSError as error:
-            failed = error
         with self._tree.lock:
-            self._files.flushed(node, handle, failed)
+            self._files.tell_failure(node, handle)
+        with self._descriptor(node, os.O_RDONLY) as fd:
+            try:
+                (os.fdatasync if data_only else os.fsync)(fd)
+            except OSError as error:
+                with self._tree.lock:
+                    self._files.failed(node, handle, error)
+                raise
         return b""
 
     def _syncfs(self, node: int, body: memoryview, header: RawHeader) -> Answer:

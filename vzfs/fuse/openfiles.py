@@ -275,18 +275,19 @@ class OpenFiles:
         else:
             file.own = True  # who has it open sees the copy
 
-    def flushed(self, number: int, handle: int, error: OSError | None) -> None:
-        """Take note of a flush of the node's data, and raise what it or an earlier one failed with.
+    def tell_failure(self, number: int, handle: int) -> None:
+        """Raise ``OSError`` if a flush of the node failed of which the opening ``handle`` was not told.
 
         The file system below tells an error to one descriptor; here each opening of before is told of it once.
         """
         file = self.known.get(number)
-        if file is None:
-            if error is not None:
-                raise error
-            return
-        if error is not None and error.errno is not None:
-            file.failures.append(error.errno)
-        if len(file.failures) > file.told.get(handle, 0):
+        if file is not None and len(file.failures) > file.told.get(handle, 0):
             file.told[handle] = len(file.failures)
             raise OSError(file.failures[-1], "what was written did not reach the disk")
+
+    def failed(self, number: int, handle: int, error: OSError) -> None:
+        """Take note that a flush of the node failed, of which ``handle`` is told by ``error`` itself."""
+        file = self.known.get(number)
+        if file is not None and error.errno is not None:
+            file.failures.append(error.errno)
+            file.told[handle] = len(file.failures)
