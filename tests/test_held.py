@@ -111,7 +111,11 @@ def steps_of(seed: int) -> Iterator[tuple[str, Step, Callable[[object], None]]]:
                 side.held[n] = os.open(where, flags, 0o644)
                 return True
 
-            yield kind, opening, lambda result, number=number: held.append(number) if result is True else None
+            yield (
+                f"{kind} {number}: {path} {flags:o} {again}",
+                opening,
+                lambda result, number=number: held.append(number) if result is True else None,
+            )
         elif kind == "close":
 
             def closing(side: Side, one: int = one) -> None:
@@ -136,7 +140,7 @@ def steps_of(seed: int) -> Iterator[tuple[str, Step, Callable[[object], None]]]:
 
             def touching(side: Side, view: int = view, payload: bytes = payload, kind: str = kind) -> object:
                 shown = side.maps[view]
-                if shown.size() < 8:  # cut short since: to touch it would be SIGBUS
+                if min(len(shown), shown.size()) < 8:  # cut short since: to touch it would be SIGBUS
                     return "cut"
                 if kind == "store":
                     try:
@@ -147,7 +151,7 @@ def steps_of(seed: int) -> Iterator[tuple[str, Step, Callable[[object], None]]]:
 
             yield kind, touching, nothing
         else:
-            yield kind, _simple(kind, path, other, payload, at, one, mode), nothing
+            yield f"{kind} {path} {other} {one}", _simple(kind, path, other, payload, at, one, mode), nothing
 
 
 def _simple(kind: str, path: str, other: str, payload: bytes, at: int, one: int, mode: int) -> Step:
@@ -220,14 +224,14 @@ def test_what_is_held_behaves_as_on_a_plain_directory(clean_path: Path, engine: 
         for kind, step, note in steps_of(seed):
             expected, got = outcome(plain, step), outcome(mounted, step)
             done.append((kind, expected))
-            assert got == expected, f"step {len(done)}, {kind}; before it: {done[-12:-1]}"
+            assert got == expected, f"step {len(done)}, {kind}: {got!r}, not {expected!r}; before: {done[-12:-1]}"
             note(expected)
             if len(done) == STEPS:
                 break
         for name in NAMES:
             look = _simple("look", name, "a", b"", 0, -1, 0)
             assert outcome(mounted, look) == outcome(plain, look), name
-        assert {kind for kind, _ in done} >= {"open", "lock", "map", "peek", "reopen", "pwrite", "rename"}
+        assert len({kind.split()[0] for kind, _ in done}) > 10
     assert container.check() == []
     assert "Traceback" not in (container.path / "vzfs.log").read_text()
 

@@ -726,6 +726,8 @@ class Nodes:
             return False
         if node.moved and not node.dead:
             return False
+        if node.kind is Kind.DIRECTORY and node.template is not None and not node.dead:
+            return False  # the kernel may know it uncounted, from when it was folded, and what lies in it refers to it
         if self._table.get(node.number) is node:
             del self._table[node.number]
         if self._by_backing.get(node.backing) is node:
