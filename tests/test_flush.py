@@ -86,7 +86,7 @@ def copied_up(container: Container, *, flush: bool) -> None:
     """Copy a file up, and let the journal alone reach the disk."""
     tree = Tree(container.store.layout, container.path)
     if not flush:
-        tree._owner._flush = lambda fd: None
+        tree._copies._flush = lambda fd: None
     entry = tree.lookup(ROOT_NUMBER, b"f")
     assert entry
     tree.own_file(entry.number)

@@ -13,7 +13,7 @@ from tests.engines import EngineContainer, EngineStore, each_engine
 from tests.realuse_helpers import expect, in_child
 from vzfs.store import sys as calls
 from vzfs.store.lock import read_holder
-from vzfs.tree.core import OWN_DESCRIPTORS
+from vzfs.tree.open import OWN_DESCRIPTORS
 
 USER = 20_001
 

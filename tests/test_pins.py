@@ -13,7 +13,7 @@ import pytest
 
 from tests.realuse_helpers import loop_mounted
 from vzfs import Container, Store
-from vzfs.tree.core import SLOW_COPY
+from vzfs.tree.become.speed import SLOW_COPY
 from vzfs.tree.durable import DURABLE_WORDS, PINS, Durable
 from vzfs.tree.node import ROOT_NUMBER
 from vzfs.tree.tree import ROOT, Changes, Tree

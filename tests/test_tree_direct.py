@@ -91,7 +91,7 @@ def unhold(tree: Tree, number: int) -> None:
 def die(tree: Tree) -> None:
     """End a tree as a kill does: nothing is cleared away."""
     _died.append(tree)
-    tree._nodes.close()
+    tree._templates.close()
     tree._area.close()
 
 
@@ -524,7 +524,10 @@ def test_a_held_reader_keeps_the_template(tree: Tree) -> None:
     assert read(tree, copy) == NEW
     unhold(tree, number)
     tree.forget(number, 1)
-    assert tree.lookup(ROOT_NUMBER, b"f") == (copy, 0, tree.getattr(copy), LIFETIME_S)
+    again = tree.lookup(ROOT_NUMBER, b"f")
+    assert again is not None
+    assert again.generation, "its number is no template's, so it needs one"
+    assert again == (copy, again.generation, tree.getattr(copy), LIFETIME_S)
 
 
 def test_without_a_holder_nothing_is_split(tree: Tree) -> None:

@@ -51,7 +51,7 @@ _STATX_SIZE = 256
 _STATX_BTIME_AT = 80
 _DIRENT64 = struct.Struct("=QqHB")  # <linux/dirent.h>, without the name
 
-ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
+ACCESS_ACL, DEFAULT_ACL = ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
 
 # <sys/mount.h>
 MS_RDONLY = 1

@@ -1,46 +1,80 @@
-"""Where the node numbers lie that a process gave the kernel before it died.
+"""Going on where a dead process stopped: which numbers it gave the kernel, and what it was just counting.
 
-The kernel goes on using those numbers with a successor. Most tell by themselves where they lie: a template's entry is
-at its default place or in a folded directory, orphans have their number as name. The rest, what moved and what is the
-container's own, is found by reading the private area once.
-
-Rule: what this reads is the disk alone. Costs a few microseconds for each name in a real directory, nothing for folded
-ones; gives numbers and places, which are looked up again when they are asked for.
+Most numbers tell by themselves where they lie, orphans have theirs as name; ``vzfs.tree.scan`` finds the rest.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
+import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vzfs.store import magic, sys
+from vzfs.store import sys
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.layout import CONF, NLINK_XATTR, Layout
 from vzfs.store.opened import parse_group_key
-from vzfs.store.survey import Folder, Survey, Templates, root_folder
+from vzfs.store.survey import Survey, Templates
 from vzfs.tree.area import PrivateArea, list_names
+from vzfs.tree.attributes import AttributeReader
 from vzfs.tree.durable import Durable
-from vzfs.tree.node import ROOT_NUMBER, private_number
-
-if TYPE_CHECKING:
-    from vzfs.tree.nodes import Nodes
-
-Places = dict[int, tuple[int, bytes]]
-"""By node number: number of the directory that holds it, and name there."""
+from vzfs.tree.lookup import Lookup
+from vzfs.tree.node import Kind, Node
+from vzfs.tree.pins import Pins
+from vzfs.tree.table import Table
+from vzfs.tree.templates import TemplatesInUse
 
 
-def scan(nodes: Nodes) -> Places:
-    """The places of everything in real directories that its number doesn't tell. Raises ``OSError``."""
-    places: Places = {}
-    root_fd = nodes.area.root_fd
-    pending = [(ROOT_NUMBER, root_folder(root_fd, nodes.root.template))]
-    while pending:
-        number, folder = pending.pop()
-        with contextlib.closing(_Reader(nodes, places, number, folder)) as reader:
-            pending.extend(reader.read())
-    return places
+class Resuming:
+    """Takes over what a predecessor knew."""
+
+    def __init__(
+        self,
+        area: PrivateArea,
+        pins: Pins,
+        templates: TemplatesInUse,
+        table: Table,
+        lookup: Lookup,
+        attributes: AttributeReader,
+    ) -> None:
+        self._area = area
+        self._pins = pins
+        self._templates = templates
+        self._table = table
+        self._lookup = lookup
+        self._attributes = attributes
+
+    def resume(self) -> None:
+        """Understand, from now on, every number that a dead process gave the kernel for what is here."""
+        self._table.resumed = True
+        for number, attributes in self._pins.inherited():
+            self._lookup.lost(number, attributes)
+        for name in list_names(self._area.orphans_fd):
+            if name.isdigit() and int(name) in self._pins.lost:
+                self._table.stand_ins.add(int(name))
+            elif name.isdigit():
+                self._register_orphan(name)
+
+    def _register_orphan(self, name: bytes) -> None:
+        info = os.lstat(name, dir_fd=self._area.orphans_fd)
+        number = int(name)
+        origin, split = self._lookup.read_origin(sys.entry_path(self._area.orphans_fd, name))
+        node = Node(number, Kind.OWN, number)
+        if origin is not None and (split or number == self._templates.number_of(*origin)):
+            node = Node(number, Kind.OWN, self._templates.number_of(*origin), *origin)
+        if node.number != node.ino or node.template is None:
+            node.generation = sys.generation_of(self._area.orphans_fd, name)
+        node.orphan = name
+        node.lookups = 1
+        if stat.S_ISDIR(info.st_mode):
+            node.kind, node.dead = Kind.DIRECTORY, True
+        elif info.st_nlink > 1:
+            node.lost = True
+            self._table.set_own(node, Kind.OWN, info.st_ino)
+        else:
+            node.dead = True
+            node.backing = info.st_ino
+            node.last = self._attributes.of(node)
+        self._table.register(node)
 
 
 def count_doubted(layout: Layout, container: Path, area: PrivateArea, durable: Durable) -> None:
@@ -64,65 +98,3 @@ def count_doubted(layout: Layout, container: Path, area: PrivateArea, durable: D
     finally:
         templates.close()
     durable.doubt = 0
-
-
-class _Reader:
-    """Reads one real directory."""
-
-    def __init__(self, nodes: Nodes, places: Places, number: int, folder: Folder) -> None:
-        self._nodes = nodes
-        self._places = places
-        self._number = number
-        self._folder = folder
-        self._fd = folder.open(nodes.area.root_fd)
-
-    def close(self) -> None:
-        """Close the directory."""
-        os.close(self._fd)
-
-    def read(self) -> list[tuple[int, Folder]]:
-        """Note what lies here; gives the real directories among it."""
-        below = []
-        with os.scandir(self._fd) as entries:
-            for entry in entries:
-                name = os.fsencode(entry.name)
-                if entry.is_symlink():
-                    text = os.readlink(name, dir_fd=self._fd)
-                    if magic.is_magic(text):
-                        self._note_link(name, text)
-                        continue
-                directory = entry.is_dir(follow_symlinks=False)
-                number, folder = self._own(name, entry.inode(), directory=directory)
-                self._places.setdefault(number, (self._number, name))
-                if directory:
-                    below.append((number, folder))
-        return below
-
-    def _note_link(self, name: bytes, text: bytes) -> None:
-        link = magic.parse(text)
-        if link is None:
-            return  # damaged, which a look-up will tell
-        try:
-            template = self._nodes.template(link.template)
-        except OSError:
-            return
-        entry = template.index.find_path(link.path)
-        if not entry or self._is_default_place(template.base + entry, name):
-            return
-        self._places.setdefault(self._nodes.number_of(template, entry), (self._number, name))
-
-    def _is_default_place(self, number: int, name: bytes) -> bool:
-        template = self._folder.template
-        if template is None:
-            return False
-        entry = template.index.find(self._folder.entry, name)
-        return bool(entry) and template.base + entry == number
-
-    def _own(self, name: bytes, backing: int, *, directory: bool) -> tuple[int, Folder]:
-        """Number of an object of the container's own, and what it would be as a directory."""
-        folder = Folder(self._folder, name, backing)
-        origin, split = self._nodes.read_origin(sys.entry_path(self._fd, name))
-        if origin is None or origin[0].index.is_directory(origin[1]) != directory:
-            return private_number(backing), folder
-        folder.template, folder.entry = origin
-        return private_number(backing) if split else self._nodes.number_of(*origin), folder
