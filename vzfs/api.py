@@ -17,24 +17,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzfs.errors import NotMountedError, UnsupportedError, UsageError
+from vzfs.errors import NotFoundError, NotMountedError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse import mount as mounts
-from vzfs.store.conf import OSTEMPLATE, VE_ROOT, Conf
+from vzfs.fuse import umount as umounts
+from vzfs.fuse.probe import PATIENCE_S, Answer, ask
+from vzfs.fuse.table import resolved, vzfs_mount
+from vzfs.store.conf import NAME, OSTEMPLATE, VE_ROOT, Conf
 from vzfs.store.container import (
     CtId,
     container_paths,
     create_container,
     destroy_container,
     existing_container,
+    known_containers,
     template_users,
 )
 from vzfs.store.layout import CONF, Layout
-from vzfs.store.lock import Holder, read_holder
+from vzfs.store.lock import Holder, last_holder, read_holder
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
 
@@ -46,13 +50,26 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 
+MOUNT_TIMEOUT_S = 60.0
+"""How long a root may take to be usable: a fifth of a second mostly, more on a node that boots with many containers."""
+ENDING_S = 10.0
+"""How long a server may take to end whose root was unmounted: it flushes what it has."""
+CGROUPS = ("auto", "keep")
 MAX_BUSY_POLL_US = 10_000
 """Polling for longer than this would be nothing but a lost CPU."""
 
 
+STATES = ("stopped", "mounting", "mounted", "not answering", "detached", "in use")
+"""What a container may be doing. ``not answering``: mounted, its server is stopped or hangs. ``detached``: unmounted
+and served on until the last program that uses it ends. ``in use``: being checked or destroyed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a container is doing; ``since`` in seconds since 1970, ``ct`` its number, else its path.
+    """What a container is doing; ``since`` in seconds since 1970, ``ct`` its number, else its path, ``name`` its NAME.
+
+    ``state`` is one of ``STATES``; ``mounted`` says whether there is a root that a program may be started in, so it is
+    true for ``mounted`` and ``not answering``.
 
     What the engine agreed upon with the kernel: the FUSE ``protocol``, for example ``7.45``, the names of its
     ``flags``, whether the kernel reads and writes files by itself (``passthrough``), and ``max_write`` in bytes. They
@@ -72,6 +89,8 @@ class Status:
     flags: tuple[str, ...] | None = None
     passthrough: bool | None = None
     max_write: int | None = None
+    state: str = "stopped"
+    name: str | None = None
 
 
 class Store:
@@ -131,6 +150,41 @@ class Store:
     def container(self, ct: CtId) -> Container:
         """The container with this number, path or NAME. Raises ``NotFoundError``, ``UsageError``."""
         return Container(self, existing_container(self.layout, ct))
+
+    def statuses(self) -> list[Status]:
+        """The status of all containers in the store's own folder, but of those that are removed meanwhile.
+
+        As fast for many roots that don't answer as for one.
+        """
+        found: list[tuple[Container, Holder | None]] = []
+        for container in self.containers():
+            with contextlib.suppress(NotFoundError, FileNotFoundError):
+                found.append((container, read_holder(container.path)))
+        states = _states([holder for _, holder in found])
+        rows = []
+        for (container, holder), state in zip(found, states, strict=True):
+            with contextlib.suppress(NotFoundError, FileNotFoundError):
+                rows.append(container._status(holder, state))
+        return rows
+
+    def mounted_at(self, mountpoint: StrPath) -> Container | None:
+        """The container whose root is mounted at ``mountpoint``, alive or dead; ``None`` when nothing of vzfs is there.
+
+        Raises ``NotFoundError`` when the store doesn't know it.
+        """
+        place = resolved(mountpoint)
+        entry = vzfs_mount(Path(place))
+        if entry is None:
+            return None
+        known = [Container(self, path) for path in known_containers(self.layout)]
+        for container in known:
+            holder = last_holder(container.path)
+            if holder is not None and holder.device == entry.device:
+                return container
+        raise NotFoundError(
+            f"{place} is the root of a container that the store {self.root} doesn't know ({entry.source})",
+            remedy="name the container by its path, or give its store with --root; umount --lazy takes a dead one away",
+        )
 
 
 class Template:
@@ -203,6 +257,14 @@ class Container:
         configured = self.conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
         return Path(configured) if configured else self.store.layout.mounts / self.alias
 
+    def _usual_place(self) -> Path:
+        """``mountpoint`` with symbolic links resolved; where the store has it if the conf can't tell."""
+        try:
+            place = self.mountpoint
+        except (VzfsError, OSError):
+            place = self.store.layout.mounts / self.alias
+        return Path(resolved(place))
+
     def mount(
         self,
         mountpoint: StrPath | None = None,
@@ -212,21 +274,38 @@ class Container:
         sync: str = "data",
         log: str | None = None,
         busy_poll_us: int = 0,
-        timeout: float = 10.0,
+        timeout: float = MOUNT_TIMEOUT_S,
+        mkdir: bool = False,
+        cgroup: str = "auto",
     ) -> Path:
         """Mount it, served by a process of its own, and return where when the root is usable.
 
         ``engine`` is ``auto`` (direct where this machine can, else pyfuse3), ``direct`` or ``pyfuse3``.
         ``busy_poll_us`` is for how many microseconds the direct engine looks for the next request before it sleeps,
         which costs CPU. ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``.
-        ``log`` is a file (``vzfs.log`` in the container), ``journal`` or ``-``; ``timeout`` is in seconds. Raises
+        ``log`` is a file (``vzfs.log`` in the container) or ``journal``; ``timeout`` is in seconds. ``mkdir`` makes a
+        ``mountpoint`` that is missing; the container's own is made in any case. ``cgroup`` is ``auto``, where the
+        process leaves the cgroup of its caller unless that is a service's, or ``keep``. Raises
         ``BusyError`` when it is mounted already, ``UsageError``, ``UnsupportedError``, ``DamagedError``,
-        ``NotFoundError`` (its template).
+        ``NotFoundError`` (its template). Nothing is mounted then.
         """
         _need_root()
+        if log == "-":
+            raise UsageError(
+                "a process of its own can't log to standard error: its caller goes on without it",
+                remedy="give a file, or journal; or serve in this process: vzfs mount --foreground",
+            )
         order = self._order(
-            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll_us
+            mountpoint,
+            read_only=read_only,
+            engine=engine,
+            sync=sync,
+            log=log,
+            busy_poll_us=busy_poll_us,
+            mkdir=mkdir,
+            cgroup=cgroup,
         )
+        umounts.await_detached(self.path, min(timeout, ENDING_S))
         mounts.start(order, timeout)
         return Path(str(order["mountpoint"]))
 
@@ -239,14 +318,23 @@ class Container:
         sync: str = "data",
         log: str | None = "-",
         busy_poll_us: int = 0,
+        mkdir: bool = False,
     ) -> None:
         """Mount it and serve it in this process's main thread until it is unmounted, or SIGTERM or SIGINT comes."""
         from vzfs.fuse.serve import Order, serve
 
         _need_root()
         order = self._order(
-            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll_us
+            mountpoint,
+            read_only=read_only,
+            engine=engine,
+            sync=sync,
+            log=log,
+            busy_poll_us=busy_poll_us,
+            mkdir=mkdir,
+            cgroup="keep",
         )
+        umounts.await_detached(self.path, ENDING_S)
         serve(Order(**order))  # type: ignore[arg-type]
 
     def _order(
@@ -258,13 +346,20 @@ class Container:
         sync: str,
         log: str | None,
         busy_poll_us: int,
+        mkdir: bool,
+        cgroup: str,
     ) -> dict[str, object]:
         _check_busy_poll(busy_poll_us, engine)
-        where = os.path.abspath(mountpoint) if mountpoint is not None else str(self.mountpoint)
+        if mountpoint is not None and not os.fspath(mountpoint):
+            raise UsageError("an empty path is no mount point", remedy="give a directory, or leave it out")
+        if cgroup not in CGROUPS:
+            raise UsageError(f"{cgroup!r} says nothing about a cgroup", remedy=f"choose {' or '.join(CGROUPS)}")
         return {
             "root": str(self.store.root),
             "container": str(self.path),
-            "mountpoint": os.path.realpath(where),
+            "mountpoint": resolved(self.mountpoint if mountpoint is None else mountpoint),
+            "mkdir": mkdir or mountpoint is None,
+            "cgroup": cgroup,
             "engine": engine,
             "read_only": read_only,
             "sync": sync,
@@ -272,16 +367,17 @@ class Container:
             "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / "vzfs.log"),
         }
 
-    def umount(self, *, lazy: bool = False, timeout: float = 10.0) -> None:
+    def umount(self, *, lazy: bool = False, everywhere: bool = False, timeout: float = 10.0) -> None:
         """Unmount it and wait, up to ``timeout`` seconds, until its serving process has ended.
 
-        ``lazy`` takes it out of sight at once; it ends when its last file is closed. Raises ``NotMountedError``,
-        ``BusyError`` naming the processes that use it.
+        ``lazy`` takes it out of sight at once; it ends when its last file is closed. ``everywhere`` unmounts it in
+        other mount namespaces and takes its bind mounts away, too. Raises ``NotMountedError``, ``BusyError`` naming
+        what uses it; nothing was touched then.
         """
         _need_root()
-        holder = read_holder(self.path)
-        where = holder.mountpoint if holder and holder.mountpoint else os.path.realpath(self.mountpoint)
-        mounts.unmount(self.path, Path(where), lazy=lazy, timeout_s=timeout)
+        umounts.unmount(
+            self.path, self._usual_place(), umounts.How(lazy=lazy, everywhere=everywhere, timeout_s=timeout)
+        )
 
     @contextlib.contextmanager
     def mounted(self, mountpoint: StrPath | None = None, **options: object) -> Iterator[Path]:
@@ -293,16 +389,20 @@ class Container:
             with contextlib.suppress(NotMountedError):
                 self.umount()
 
-    def status(self) -> Status:
-        """What it is doing now."""
+    def status(self, *, patience: float = PATIENCE_S) -> Status:
+        """What it is doing now. A mounted root is asked, for up to ``patience`` seconds, whether it answers."""
         holder = read_holder(self.path)
+        return self._status(holder, *_states([holder], patience))
+
+    def _status(self, holder: Holder | None, state: str) -> Status:
         agreed = _agreed(holder)
+        conf = self.conf
         return Status(
             ct=self.ct,
             path=str(self.path),
-            template=self.conf.get(OSTEMPLATE),
-            mounted=holder is not None and holder.doing == "serves",
-            mountpoint=holder.mountpoint if holder else None,
+            template=conf.get(OSTEMPLATE),
+            mounted=state in ("mounted", "not answering"),
+            mountpoint=holder.mountpoint if holder and state != "detached" else None,
             pid=holder.pid if holder else None,
             engine=holder.engine if holder else None,
             since=holder.since if holder else None,
@@ -311,6 +411,8 @@ class Container:
             flags=agreed.flags if agreed else None,
             passthrough=agreed.passthrough if agreed else _without_passthrough(holder),
             max_write=agreed.max_write if agreed else None,
+            state=state,
+            name=conf.get(NAME) or None,
         )
 
     def stats(self) -> Statistics:
@@ -352,9 +454,38 @@ class Container:
         return check_container(self.store.layout, self.path, repair=repair)
 
     def destroy(self) -> None:
-        """Remove it and all its data. Raises ``BusyError`` while it is mounted."""
+        """Remove it and all its data, and what a dead server left mounted. Raises ``BusyError`` while it is mounted."""
         _need_root()
+        umounts.await_detached(self.path, ENDING_S)
+        umounts.unmount_dead_of(self.path, self._usual_place())
         destroy_container(self.store.layout, self.path)
+
+
+def _states(holders: Sequence[Holder | None], patience: float = PATIENCE_S) -> list[str]:
+    """The state of each of ``holders``; roots that must be asked are asked all at once."""
+    states = [_state(holder) for holder in holders]
+    served = [n for n, state in enumerate(states) if state == "mounted"]
+    for n, answer in zip(served, ask([_root_of(holders[n]) for n in served], patience), strict=True):
+        if answer in (Answer.SILENT, Answer.DEAD):
+            states[n] = "not answering"
+    return states
+
+
+def _state(holder: Holder | None) -> str:
+    """The state as far as it shows without asking the root."""
+    if holder is None:
+        return "stopped"
+    if holder.doing != "serves":
+        return "mounting" if holder.doing == "mounts" else "in use"
+    if umounts.is_detached(holder):
+        return "detached"
+    return "not answering" if umounts.is_stopped(holder.pid) else "mounted"
+
+
+def _root_of(holder: Holder | None) -> tuple[str, str]:
+    """Where the root is to be asked, from whatever mount namespace, and its device."""
+    assert holder is not None
+    return f"/proc/{holder.pid}/root{holder.mountpoint}", holder.device or ""
 
 
 def _state_of(pid: int, fd: int) -> State:

@@ -282,7 +282,7 @@ def _scratch(place: Path) -> Iterator[Path]:
 
 def _file_system(place: Path) -> str:
     """Type of the file system below ``place``: of the longest mount point that holds it, the latest if mounted over."""
-    from vzfs.fuse.mount import mount_table
+    from vzfs.fuse.table import mount_table
 
     best, kind = "", "an unknown file system"
     for entry in mount_table():

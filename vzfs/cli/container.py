@@ -23,7 +23,6 @@ from vzfs.cli.show import (
     dash,
     escape_name,
     moment,
-    plain,
     print_fields,
     print_json,
     print_json_lines,
@@ -34,7 +33,7 @@ from vzfs.cli.show import (
 from vzfs.errors import UsageError, VzfsError
 
 if TYPE_CHECKING:
-    from vzfs.api import Container, Status
+    from vzfs.api import Container, Status, Store
     from vzfs.store.diff import Change
 
 LETTERS = {"added": "A", "changed": "C", "removed": "D", "renamed": "R"}
@@ -54,23 +53,19 @@ def _each(ctx: click.Context, containers: Iterable[Container], action: Callable[
         ctx.exit(code)
 
 
+def _neither_or_both(ctx: click.Context, everything: bool) -> UsageError:
+    return UsageError(
+        "both CT_ID and --all were given" if everything else "no container was given",
+        remedy=f"name containers, or use --all; see '{ctx.command_path} --help'",
+    )
+
+
 def _named(ctx: click.Context, ct_ids: tuple[str, ...], everything: bool) -> list[Container]:
     """The containers of the arguments, or all of the store with ``--all``; exactly one of both must be given."""
     if bool(ct_ids) == everything:
-        raise UsageError(
-            "both CT_ID and --all were given" if everything else "no container was given",
-            remedy=f"name containers, or use --all; see '{ctx.command_path} --help'",
-        )
+        raise _neither_or_both(ctx, everything)
     store = open_store(ctx)
     return store.containers() if everything else [store.container(ct_id) for ct_id in ct_ids]
-
-
-def _name_of(container: Container) -> str:
-    return container.conf.get("NAME")
-
-
-def _row(container: Container) -> dict[str, Any]:
-    return {**plain(container.status()), "name": _name_of(container) or None}
 
 
 @click.command(
@@ -97,7 +92,7 @@ def create(ctx: click.Context, ct_id: str, template: str, name: str | None, moun
     """
     made = open_store(ctx).create(ct_id, template=template, name=name, mountpoint=mountpoint)
     if wants_json(ctx):
-        print_json(_row(made))
+        print_json(made.status())
         return
     click.echo(f"container {escape_name(made.path)} made from template {template}")
 
@@ -140,22 +135,13 @@ def destroy(ctx: click.Context, ct_ids: tuple[str, ...], yes: bool) -> None:
 @click.pass_context
 def list_containers(ctx: click.Context) -> None:
     """List the containers of the store."""
-    rows = [_row(container) for container in open_store(ctx).containers()]
+    found = open_store(ctx).statuses()
     if wants_json(ctx):
-        print_json(rows)
+        print_json(found)
         return
     print_table(
         ("CT", "NAME", "TEMPLATE", "STATE", "MOUNTPOINT"),
-        [
-            (
-                str(row["ct"]),
-                dash(row["name"]),
-                dash(row["template"]),
-                "mounted" if row["mounted"] else "stopped",
-                dash(row["mountpoint"]),
-            )
-            for row in rows
-        ],
+        [(one.ct, dash(one.name), dash(one.template), one.state, dash(one.mountpoint)) for one in found],
     )
 
 
@@ -176,7 +162,7 @@ def status(ctx: click.Context, ct_id: str | None) -> None:
     if ct_id is not None:
         _print_status(ctx, store.container(ct_id))
         return
-    found = [container.status() for container in store.containers()]
+    found = store.statuses()
     if wants_json(ctx):
         print_json(found)
         return
@@ -190,20 +176,18 @@ def status(ctx: click.Context, ct_id: str | None) -> None:
 
 
 def _state(one: Status) -> str:
-    if not one.mounted:
-        return "stopped"
-    return "mounted, read-only" if one.read_only else "mounted"
+    return f"{one.state}, read-only" if one.mounted and one.read_only else one.state
 
 
 def _print_status(ctx: click.Context, container: Container) -> None:
     one = container.status()
     if wants_json(ctx):
-        print_json(_row(container))
+        print_json(one)
         return
     print_fields(
         (
             ("container", str(one.ct)),
-            ("name", dash(_name_of(container))),
+            ("name", dash(one.name)),
             ("path", escape_name(str(one.path))),
             ("template", dash(one.template)),
             ("state", _state(one)),
@@ -260,7 +244,24 @@ def _protocol(one: Status) -> str:
     help="What is flushed to disk before a copied file takes its place: nothing, its data, its data and directory.",
 )
 @click.option("--foreground", is_flag=True, help="Serve in this process, until it is unmounted or interrupted.")
-@click.option("--log", metavar="FILE|journal|-", help="Where the serving process logs; - is standard error.")
+@click.option(
+    "--log", metavar="FILE|journal|-", help="Where the serving process logs; -, with --foreground, is standard error."
+)
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    help="How long the root may take to be usable.  [default: 60]",
+)
+@click.option("--mkdir", is_flag=True, help="Make MOUNTPOINT if it is missing.")
+@click.option(
+    "--cgroup",
+    type=click.Choice(["auto", "keep"]),
+    default="auto",
+    show_default=True,
+    help="Whether the serving process leaves its caller's cgroup (auto: unless that is a service's).",
+)
 @json_option
 @click.pass_context
 def mount(
@@ -273,6 +274,9 @@ def mount(
     sync: str,
     foreground: bool,
     log: str | None,
+    timeout: float,
+    mkdir: bool,
+    cgroup: str,
 ) -> None:
     """Mount the root of container CT_ID, and print where.
 
@@ -281,12 +285,28 @@ def mount(
     container = open_store(ctx).container(ct_id)
     if foreground:
         container.serve(
-            mountpoint, read_only=read_only, engine=engine, sync=sync, log=log or "-", busy_poll_us=busy_poll
+            mountpoint,
+            read_only=read_only,
+            engine=engine,
+            sync=sync,
+            log=log or "-",
+            busy_poll_us=busy_poll,
+            mkdir=mkdir,
         )
         return
-    where = container.mount(mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll)
+    where = container.mount(
+        mountpoint,
+        read_only=read_only,
+        engine=engine,
+        sync=sync,
+        log=log,
+        busy_poll_us=busy_poll,
+        timeout=timeout,
+        mkdir=mkdir,
+        cgroup=cgroup,
+    )
     if wants_json(ctx):
-        print_json(_row(container))
+        print_json(container.status())
         return
     click.echo(escape_name(where))
 
@@ -296,19 +316,34 @@ def mount(
     examples=[
         ("vzfs umount 101", "end the mount when nothing uses it"),
         ("vzfs umount 101 --lazy", "detach it now; it ends when the last user is gone"),
+        ("vzfs umount 101 --everywhere", "in other mount namespaces, too, and bind mounts of it"),
+        ("vzfs umount /vz/root/101", "named by its mount point"),
         ("vzfs umount --all", "everything of this store"),
     ],
 )
 @any_containers_argument
 @click.option("--lazy", is_flag=True, help="Detach at once, although files are open.")
+@click.option("--everywhere", is_flag=True, help="In other mount namespaces as well, and bind mounts of it.")
 @click.option("--all", "everything", is_flag=True, help="All mounted containers of the store.")
 @click.pass_context
-def umount(ctx: click.Context, ct_ids: tuple[str, ...], lazy: bool, everything: bool) -> None:
-    """Unmount containers. Returns when their serving processes have written everything and ended."""
-    containers = _named(ctx, ct_ids, everything)
+def umount(ctx: click.Context, ct_ids: tuple[str, ...], lazy: bool, everywhere: bool, everything: bool) -> None:
+    """Unmount containers. Returns when their serving processes have written everything and ended.
+
+    CT_ID may be a mount point as well. What is in use is refused, and nothing is touched then.
+    """
+    store = open_store(ctx)
+    if bool(ct_ids) == everything:
+        raise _neither_or_both(ctx, everything)
     if everything:
-        containers = [container for container in containers if container.status().mounted]
-    _each(ctx, containers, lambda container: container.umount(lazy=lazy))
+        containers = [store.container(one.path) for one in store.statuses() if one.mounted]
+    else:
+        containers = [_at_mountpoint(store, ct_id) or store.container(ct_id) for ct_id in ct_ids]
+    _each(ctx, containers, lambda container: container.umount(lazy=lazy, everywhere=everywhere))
+
+
+def _at_mountpoint(store: Store, ct_id: str) -> Container | None:
+    """What is mounted at ``ct_id``, if it is a path. Looked for first: a container decides what is in its root."""
+    return store.mounted_at(ct_id) if "/" in ct_id else None
 
 
 @click.command(

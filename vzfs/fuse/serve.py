@@ -22,8 +22,10 @@ from pathlib import Path
 from types import FrameType
 
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
-from vzfs.fuse.mount import attach, detach, source_name, unmount_dead, vzfs_mount
+from vzfs.fuse.cgroup import leave_cgroup
+from vzfs.fuse.mount import attach, detach, source_name, unmount_dead
 from vzfs.fuse.state import BACKING, PINNED, State
+from vzfs.fuse.table import vzfs_mount
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.container import remember_user
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
@@ -52,6 +54,10 @@ class Order:
     sync: str = "data"
     log: str = "-"
     busy_poll_us: int = 0
+    mkdir: bool = True
+    """Make the mount point where it is missing."""
+    cgroup: str = "keep"
+    """``auto`` to leave the caller's (``vzfs.fuse.cgroup``), or ``keep``."""
     device: int = -1
     """Descriptor of a mount that is there already, to be served from now on; and the state that goes with it."""
     state: int = -1
@@ -85,14 +91,17 @@ def serve(order: Order, report_fd: int = -1) -> None:
     layout = Layout.at(order.root)
     if order.engine not in ENGINES:
         raise UsageError(f"there is no engine {order.engine!r}", remedy=f"the engines are: {', '.join(ENGINES)}")
+    place = leave_cgroup() if order.cgroup == "auto" else ""
     holder = Holder(os.getpid(), "mounts", time.time(), str(mountpoint), order.engine, order.read_only)
     with contextlib.ExitStack() as ending:
         lock = Lock.acquire(container, holder)
         ending.callback(lock.release)
         _set_up_log(order)
         resumed = order.device >= 0
+        made: list[Path] = []  # until the root is usable
         if not resumed:
-            _prepare_mountpoint(mountpoint)
+            ending.callback(_remove_empty, made)
+            _prepare_mountpoint(mountpoint, made, mkdir=order.mkdir)
         _set_up_process()
         template = _template_of(container)
         served = _adopt(order, mountpoint) if resumed else _mount(order, container, mountpoint)
@@ -105,7 +114,10 @@ def serve(order: Order, report_fd: int = -1) -> None:
 
         def ready() -> None:
             lock.describe(replace(holder, doing="serves"))
+            made.clear()
             log.info("serving %s at %s, engine %s", container, mountpoint, served.engine)
+            if order.cgroup == "auto":
+                log.info("cgroup: %s", place)
             report(report_fd, {})
 
         run(order, layout, served, ready)
@@ -227,10 +239,24 @@ def _set_up_process() -> None:
         Path("/proc/self/oom_score_adj").write_text("-900")  # its death takes a container's root away
 
 
-def _prepare_mountpoint(mountpoint: Path) -> None:
+def _prepare_mountpoint(mountpoint: Path, made: list[Path], *, mkdir: bool) -> None:
+    """Take a dead mount away from it, and make it if it is missing; adds what was made to ``made``, outermost first."""
     unmount_dead(mountpoint)
+    entry = vzfs_mount(mountpoint)
+    if entry is not None:  # not to be looked into: its server may hang
+        raise UsageError(
+            f"can't mount at {mountpoint}: {entry.source} is mounted there",
+            remedy=f"unmount that with: vzfs umount {mountpoint}; or choose another directory",
+        )
     try:
-        mountpoint.mkdir(mode=OWN_FOLDER_MODE, parents=True, exist_ok=True)
+        if not mkdir and not mountpoint.exists():
+            raise UsageError(
+                f"can't mount at {mountpoint}: there is no such directory", remedy="make it, or add --mkdir"
+            )
+        for folder in [*reversed(mountpoint.parents), mountpoint]:
+            if not folder.exists():
+                folder.mkdir(mode=OWN_FOLDER_MODE if folder == mountpoint else 0o755, exist_ok=True)
+                made.append(folder)
         occupied = any(mountpoint.iterdir())
     except OSError as error:
         _refuse_full_disk(error, mountpoint)
@@ -239,6 +265,12 @@ def _prepare_mountpoint(mountpoint: Path) -> None:
         ) from error
     if os.path.ismount(mountpoint) or occupied:
         raise UsageError(f"can't mount at {mountpoint}: it is not empty", remedy="choose an empty directory")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in reversed(folders):
+            folder.rmdir()
 
 
 def _template_of(container: Path) -> str:

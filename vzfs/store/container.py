@@ -71,6 +71,18 @@ def container_paths(layout: Layout) -> list[Path]:
     )
 
 
+def known_containers(layout: Layout) -> list[Path]:
+    """The containers in the store's own folder, then those elsewhere that were made or mounted with this store."""
+    found = container_paths(layout)
+    with contextlib.suppress(FileNotFoundError):
+        for template in sorted(os.listdir(layout.templates_meta)):
+            folder = layout.templates_meta / template / "users"
+            with contextlib.suppress(OSError):
+                paths = sorted(Path(os.readlink(folder / link)) for link in os.listdir(folder))
+                found += [path for path in paths if path not in found and (path / CONF).is_file()]
+    return found
+
+
 def create_container(
     layout: Layout,
     ct: CtId,

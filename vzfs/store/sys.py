@@ -36,7 +36,9 @@ FS_APPEND_FL = 0x20
 
 _AT_FDCWD = -100  # <linux/fcntl.h>
 _AT_SYMLINK_NOFOLLOW = 0x100
+_AT_NO_AUTOMOUNT = 0x800
 _AT_EMPTY_PATH = 0x1000
+_AT_STATX_DONT_SYNC = 0x4000
 _OPEN_TREE_CLONE = 1  # <linux/mount.h>
 _MOUNT_ATTR_RDONLY = 0x1
 _MOUNT_ATTR_NOSUID = 0x2
@@ -45,6 +47,8 @@ _MOUNT_ATTR_ATIME = 0x70  # the mask of all that say when access times are writt
 _STATX_BTIME = 0x800  # <linux/stat.h>
 _STATX_SIZE = 256
 _STATX_BTIME_AT = 80
+_STATX_DEVICE_AT = 136
+CLONE_NEWNS = 0x00020000  # <linux/sched.h>
 _DIRENT64 = struct.Struct("=QqHB")  # <linux/dirent.h>, without the name
 
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
@@ -202,6 +206,26 @@ def birth_time(path: bytes) -> int | None:
         return None
     seconds, nanoseconds = struct.unpack_from("=qI", buffer, _STATX_BTIME_AT)
     return int(seconds * 1_000_000_000 + nanoseconds)
+
+
+def device_of(path: str | bytes) -> str:
+    """``major:minor``, as the mount table has it, of the file system that holds what ``path`` leads to (statx(2)).
+
+    That file system isn't asked (AT_STATX_DONT_SYNC), so this doesn't wait for a FUSE server that hangs.
+
+    Raises ``OSError``.
+    """
+    name = os.fsencode(path)
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    flags = _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT
+    _check(_libc.statx(_AT_FDCWD, ctypes.c_char_p(name), flags, 0, buffer), name)
+    major, minor = struct.unpack_from("=II", buffer, _STATX_DEVICE_AT)
+    return f"{major}:{minor}"
+
+
+def enter_mounts(fd: int) -> None:
+    """Go over to the mount namespace ``fd``, and to its root directory (setns(2)); this process has one thread only."""
+    _check(_libc.setns(fd, CLONE_NEWNS))
 
 
 def get_file_flags(fd: int) -> int:
