@@ -16,19 +16,21 @@ all that changes something.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzfs.errors import NotFoundError, NotMountedError, UnsupportedError, UsageError, VzfsError
+from vzfs.errors import DamagedError, NotFoundError, NotMountedError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse import mount as mounts
 from vzfs.fuse import umount as umounts
 from vzfs.fuse.probe import PATIENCE_S, Answer, ask
 from vzfs.fuse.table import resolved, vzfs_mount
-from vzfs.store.conf import NAME, OSTEMPLATE, VE_ROOT, Conf
+from vzfs.store.conf import NAME, OSTEMPLATE, USERNS_UID, VE_ROOT, Conf
 from vzfs.store.container import (
+    NO_UID,
     CtId,
     container_paths,
     create_container,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from vzfs.store.sources import SourceOptions
     from vzfs.store.template import TemplateInfo
 
+_logger = logging.getLogger(__name__)
 StrPath = str | os.PathLike[str]
 
 MOUNT_TIMEOUT_S = 60.0
@@ -116,13 +119,16 @@ class Store:
         from vzfs.store.template import create_template
 
         _need_root()
+        _logger.info("making template %s of %s in %s", name, source, self.root)
         create_template(self.layout, name, source, options, progress)
+        _logger.info("made template %s", name)
         return Template(self, name)
 
     def templates(self) -> list[Template]:
-        """All templates, by name."""
+        """All templates, by name. Raises ``NotFoundError`` when there is no store."""
         from vzfs.store.opened import template_names
 
+        self._need_store()
         return [Template(self, name) for name in template_names(self.layout)]
 
     def template(self, name: str) -> Template:
@@ -133,23 +139,42 @@ class Store:
         return Template(self, name)
 
     def create(
-        self, ct: CtId, *, template: str, name: str | None = None, mountpoint: StrPath | None = None
+        self,
+        ct: CtId,
+        *,
+        template: str,
+        name: str | None = None,
+        mountpoint: StrPath | None = None,
+        userns_uid: int | None = None,
     ) -> Container:
         """Make a container, in milliseconds and a few blocks whatever the template's size.
 
-        ``ct`` is a number or a path, ``name`` and ``mountpoint`` go into its conf. Raises ``ExistsError``,
-        ``NotFoundError`` (the template), ``UsageError``, ``FullError``.
+        ``ct`` is a number or a path, ``name`` and ``mountpoint`` go into its conf, and so does ``userns_uid``, the user
+        of the node who is root in the container's user namespace: that user, too, can reach its mount point then.
+        Raises ``ExistsError``, ``NotFoundError`` (the template), ``UsageError``, ``FullError``.
         """
         _need_root()
-        return Container(self, create_container(self.layout, ct, template, name=name, mountpoint=mountpoint))
+        path = create_container(self.layout, ct, template, name=name, mountpoint=mountpoint, userns_uid=userns_uid)
+        _logger.info("made container %s from template %s", path, template)
+        return Container(self, path)
 
     def containers(self) -> list[Container]:
-        """The containers in the store's own folder, by number."""
+        """The containers in the store's own folder, by number. Raises ``NotFoundError`` when there is no store."""
+        self._need_store()
         return [Container(self, path) for path in container_paths(self.layout)]
 
     def container(self, ct: CtId) -> Container:
         """The container with this number, path or NAME. Raises ``NotFoundError``, ``UsageError``."""
-        return Container(self, existing_container(self.layout, ct))
+        found = Container(self, existing_container(self.layout, ct))
+        _logger.debug("%s is the container %s", ct, found.path)
+        return found
+
+    def _need_store(self) -> None:
+        if not self.layout.is_there:
+            raise NotFoundError(
+                f"there is no store at {self.root}",
+                remedy="vzfs template create makes one; for another give --root or set VZFS_ROOT",
+            )
 
     def statuses(self) -> list[Status]:
         """The status of all containers in the store's own folder, but of those that are removed meanwhile.
@@ -219,6 +244,7 @@ class Template:
         """Compare every file's content and attributes with the index; reads all of it."""
         from vzfs.store.template import verify_template
 
+        _logger.info("verifying template %s", self.name)
         return verify_template(self.store.layout, self.name, progress)
 
     def remove(self) -> None:
@@ -226,6 +252,7 @@ class Template:
         from vzfs.store.template import remove_template
 
         _need_root()
+        _logger.info("removing template %s", self.name)
         remove_template(self.store.layout, self.name, [container.ct for container in self.users()])
 
 
@@ -248,14 +275,33 @@ class Container:
 
     @property
     def conf(self) -> Conf:
-        """Its settings, read anew."""
-        return Conf.load(self.path / CONF)
+        """Its settings, read anew. Raises ``NotFoundError`` when it was destroyed, ``DamagedError``."""
+        try:
+            return Conf.load(self.path / CONF)
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no container at {self.path}", remedy="vzfs list shows all") from None
 
     @property
     def mountpoint(self) -> Path:
-        """Where it is mounted if nothing else is said: ``VE_ROOT`` (``$VEID`` replaced), else the store's ``root``."""
-        configured = self.conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
-        return Path(configured) if configured else self.store.layout.mounts / self.alias
+        """Where it is mounted if nothing else is said: ``VE_ROOT`` (``$VEID`` replaced), else below the store's
+        ``root``, or below its ``userns`` if conf has ``USERNS_UID``.
+        """
+        conf = self.conf
+        configured = conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
+        if configured:
+            return Path(configured)
+        layout = self.store.layout
+        return layout.userns / self.alias / "root" if conf.get(USERNS_UID) else layout.mounts / self.alias
+
+    @property
+    def userns_uid(self) -> int | None:
+        """The user of the node who is root in its user namespace. Raises ``DamagedError`` when conf names none."""
+        text = self.conf.get(USERNS_UID)
+        if not text:
+            return None
+        if not text.isdecimal() or not 0 < int(text) < NO_UID:
+            raise DamagedError(f"{self.path / CONF}: {USERNS_UID} is {text!r}", remedy="set it to a uid, or remove it")
+        return int(text)
 
     def _usual_place(self) -> Path:
         """``mountpoint`` with symbolic links resolved; where the store has it if the conf can't tell."""
@@ -305,8 +351,11 @@ class Container:
             mkdir=mkdir,
             cgroup=cgroup,
         )
+        _logger.info("mounting %s at %s", self.path, order["mountpoint"])
+        _logger.debug("order: %s", order)
         umounts.await_detached(self.path, min(timeout, ENDING_S))
         mounts.start(order, timeout)
+        _logger.info("mounted %s; it logs to %s", self.path, order["log"])
         return Path(str(order["mountpoint"]))
 
     def serve(
@@ -359,6 +408,7 @@ class Container:
             "container": str(self.path),
             "mountpoint": resolved(self.mountpoint if mountpoint is None else mountpoint),
             "mkdir": mkdir or mountpoint is None,
+            "userns_uid": self.userns_uid if mountpoint is None and not self.conf.get(VE_ROOT) else None,
             "cgroup": cgroup,
             "engine": engine,
             "read_only": read_only,
@@ -375,6 +425,7 @@ class Container:
         what uses it; nothing was touched then.
         """
         _need_root()
+        _logger.info("unmounting %s", self.path)
         umounts.unmount(
             self.path, self._usual_place(), umounts.How(lazy=lazy, everywhere=everywhere, timeout_s=timeout)
         )
@@ -445,12 +496,14 @@ class Container:
         """What it added, changed, renamed and removed against its template; with ``content`` also how text differs."""
         from vzfs.store.diff import diff_container
 
+        _logger.info("comparing %s with its template", self.path)
         return diff_container(self.store.layout, self.path, content=content)
 
     def check(self, *, repair: bool = False) -> list[Problem]:
         """Find what an interrupted or foreign change left wrong, repair it if asked; ``BusyError`` while mounted."""
         from vzfs.store.check import check_container
 
+        _logger.info("%s %s", "repairing" if repair else "checking", self.path)
         return check_container(self.store.layout, self.path, repair=repair)
 
     def destroy(self) -> None:
@@ -459,6 +512,7 @@ class Container:
         umounts.await_detached(self.path, ENDING_S)
         umounts.unmount_dead_of(self.path, self._usual_place())
         destroy_container(self.store.layout, self.path)
+        _logger.info("destroyed %s", self.path)
 
 
 def _states(holders: Sequence[Holder | None], patience: float = PATIENCE_S) -> list[str]:

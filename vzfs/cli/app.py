@@ -12,11 +12,20 @@ from typing import Any, NoReturn
 
 import click
 
-from vzfs.cli import container, machine, stats, template
+from vzfs.cli import container, diff, machine, stats, template
 from vzfs.cli.base import JSON_KEY, Group
 from vzfs.cli.failure import EXIT_BROKEN_PIPE, explain, report, wants_traceback
+from vzfs.errors import VzfsError
 
 PROGRAM = "vzfs"
+
+
+class _NeverRaisedError(click.UsageError):
+    pass
+
+
+_NO_ARGUMENTS: type[click.UsageError] = getattr(click.exceptions, "NoArgsIsHelpError", _NeverRaisedError)
+"""What click raises for no arguments at all; before 8.2 it prints the help and succeeds."""
 
 
 class Program(Group):
@@ -39,13 +48,15 @@ class Program(Group):
             signal.signal(signal.SIGTERM, _interrupt)
         try:
             outcome = super().main(given, prog_name or PROGRAM, complete_var, standalone_mode=False, **extra)
-        except click.exceptions.NoArgsIsHelpError as error:
+        except _NO_ARGUMENTS as error:
             click.echo(error.format_message(), err=True)
             sys.exit(error.exit_code)
         except OutputClosedError:
             _throw_output_away()
             sys.exit(EXIT_BROKEN_PIPE)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+            if isinstance(error, OSError) and (why := _output_failure()):
+                error = VzfsError(f"standard output: {why}", remedy="give the output another place")
             if wants_traceback(given) and not isinstance(error, click.ClickException | click.Abort):
                 sys.excepthook(type(error), error, error.__traceback__)
             failure = explain(error)
@@ -78,6 +89,27 @@ def _noticing_closed_output() -> Iterator[None]:
         yield
     except BrokenPipeError as error:
         raise OutputClosedError from error
+
+
+def _output_failure() -> str:
+    """Why standard output takes nothing, if that is so: what couldn't be written is still in its buffer."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _throw_output_away()
+        return error.strerror or str(error)
+    return ""
+
+
+def _reserve_descriptors() -> None:
+    """What was closed by the caller (``>&-``) must not become a file that is opened next, and then be printed into."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number. Not open for writing, so that printing into it fails as it would have.
+            os.open(os.devnull, os.O_RDONLY if number != 2 else os.O_WRONLY)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def _throw_output_away() -> None:
@@ -151,16 +183,14 @@ def cli(ctx: click.Context, root: str | None, as_json: bool, verbose: int) -> No
 
 
 cli.add_command(template.template)
-for command in container.COMMANDS:
-    cli.add_command(command)
-for command in stats.COMMANDS:
-    cli.add_command(command)
-for command in machine.COMMANDS:
-    cli.add_command(command)
+for module in (container, diff, stats, machine):
+    for command in module.COMMANDS:
+        cli.add_command(command)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The ``vzfs`` program. Output that the terminal's encoding can't hold is escaped instead of failing."""
+    _reserve_descriptors()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

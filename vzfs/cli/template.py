@@ -9,6 +9,7 @@ import click
 
 from vzfs.cli.base import (
     Group,
+    complete_file,
     complete_template,
     json_option,
     open_store,
@@ -43,7 +44,10 @@ def template() -> None:
             "with more packages",
         ),
         ("vzfs template create alma-9 --from /srv/roots/alma-9", "copy a directory"),
-        ("vzfs template create app --from app-root.tar.zst", "unpack an archive (tar, also with gzip, xz or zstd)"),
+        (
+            "vzfs template create app --from app-root.tar.zst",
+            "unpack an archive (tar; gzip, bzip2, xz or zstd)",
+        ),
         ("docker export app | vzfs template create app --from - --no-devices", "unpack standard input"),
     ],
 )
@@ -53,7 +57,8 @@ def template() -> None:
     "source",
     metavar="SOURCE",
     required=True,
-    help="A directory, a tar archive (plain, gzip, xz or zstd), '-' for an archive on standard input, "
+    shell_complete=complete_file,
+    help="A directory, a tar archive (plain, gzip, bzip2, xz or zstd), '-' for an archive on standard input, "
     "or debootstrap:SUITE.",
 )
 @click.option("--mirror", metavar="URL", help="Where debootstrap downloads from.")
@@ -193,10 +198,18 @@ def verify(ctx: click.Context, name: str) -> None:
 
 @template.command(examples=[("vzfs template remove debian-11", "delete it; refused while a container uses it")])
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_template)
+@json_option
 @click.pass_context
 def remove(ctx: click.Context, names: tuple[str, ...]) -> None:
     """Delete templates that no container uses."""
     store = open_store(ctx)
-    for name in names:
-        store.template(name).remove()
-        click.echo(f"template {printable(name)} removed")
+    removed: list[dict[str, str]] = []
+    try:
+        for name in names:
+            store.template(name).remove()
+            removed.append({"name": name})
+            if not wants_json(ctx):
+                click.echo(f"template {printable(name)} removed")
+    finally:
+        if wants_json(ctx):
+            print_json(removed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import stat
@@ -22,6 +23,8 @@ from vzfs.fuse.probe import Answer, ask
 from vzfs.fuse.table import FSTYPE, vzfs_mount
 from vzfs.store import sys
 from vzfs.store.lock import last_holder
+
+log = logging.getLogger(__name__)
 
 GIVE_UP_S = 2.0
 """How long a serving process that is to end may take before it is killed, and then to be dead."""
@@ -94,6 +97,7 @@ def start(order: dict[str, object], timeout_s: float) -> None:
         )
         os.close(write_end)
         write_end = -1
+        log.debug("started process %d to serve %s", process.pid, order["container"])
         message = _read_report(read_end, timeout_s)
     finally:
         os.close(read_end)

@@ -24,6 +24,7 @@ from types import FrameType
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.cgroup import leave_cgroup
 from vzfs.fuse.mount import attach, detach, source_name, unmount_dead
+from vzfs.fuse.passage import let_pass
 from vzfs.fuse.state import BACKING, PINNED, State
 from vzfs.fuse.table import vzfs_mount
 from vzfs.store.conf import OSTEMPLATE, Conf
@@ -56,6 +57,8 @@ class Order:
     busy_poll_us: int = 0
     mkdir: bool = True
     """Make the mount point where it is missing."""
+    userns_uid: int | None = None
+    """Make the folder around the mount point one that only root and this user can pass."""
     cgroup: str = "keep"
     """``auto`` to leave the caller's (``vzfs.fuse.cgroup``), or ``keep``."""
     device: int = -1
@@ -101,6 +104,8 @@ def serve(order: Order, report_fd: int = -1) -> None:
         made: list[Path] = []  # until the root is usable
         if not resumed:
             ending.callback(_remove_empty, made)
+            if order.userns_uid is not None:
+                let_pass(mountpoint.parent, order.userns_uid)
             _prepare_mountpoint(mountpoint, made, mkdir=order.mkdir)
         _set_up_process()
         template = _template_of(container)

@@ -65,6 +65,7 @@ def unmount(container: Path, mountpoint: Path, how: How) -> None:
         raise BusyError(
             f"container {container} is in use: process {holder.pid} {holder.doing} it", remedy="wait until it is done"
         )
+    log.debug("process %d %s %s, device %s", holder.pid, holder.doing, container, holder.device)
     main = _main_mount(holder)
     if main is None and _ended_within(container, holder, _ENDING_S):
         return
