@@ -185,6 +185,9 @@ class FakeStore:
     def containers(self) -> list[FakeContainer]:
         return self.cts
 
+    exists = True
+    root = Path("/store")
+
     def statuses(self) -> list[FakeStatus]:
         return [one.status() for one in self.cts]
 

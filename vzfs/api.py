@@ -107,6 +107,11 @@ class Store:
         """The root directory."""
         return self.layout.root
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is one already: the first template makes it, and until then it is empty."""
+        return self.layout.is_there
+
     def create_template(
         self, name: str, source: str, options: SourceOptions | None = None, progress: Progress = no_progress
     ) -> Template:
@@ -125,10 +130,9 @@ class Store:
         return Template(self, name)
 
     def templates(self) -> list[Template]:
-        """All templates, by name. Raises ``NotFoundError`` when there is no store."""
+        """All templates, by name."""
         from vzfs.store.opened import template_names
 
-        self._need_store()
         return [Template(self, name) for name in template_names(self.layout)]
 
     def template(self, name: str) -> Template:
@@ -159,8 +163,7 @@ class Store:
         return Container(self, path)
 
     def containers(self) -> list[Container]:
-        """The containers in the store's own folder, by number. Raises ``NotFoundError`` when there is no store."""
-        self._need_store()
+        """The containers in the store's own folder, by number."""
         return [Container(self, path) for path in container_paths(self.layout)]
 
     def container(self, ct: CtId) -> Container:
@@ -168,13 +171,6 @@ class Store:
         found = Container(self, existing_container(self.layout, ct))
         _logger.debug("%s is the container %s", ct, found.path)
         return found
-
-    def _need_store(self) -> None:
-        if not self.layout.is_there:
-            raise NotFoundError(
-                f"there is no store at {self.root}",
-                remedy="vzfs template create makes one; for another give --root or set VZFS_ROOT",
-            )
 
     def statuses(self) -> list[Status]:
         """The status of all containers in the store's own folder, but of those that are removed meanwhile.
@@ -441,7 +437,7 @@ class Container:
                 self.umount()
 
     def status(self, *, patience: float = PATIENCE_S) -> Status:
-        """What it is doing now. A mounted root is asked, for up to ``patience`` seconds, whether it answers."""
+        """What it is doing now. A mounted root is asked, for up to ``patience`` seconds, whether it answers; 0: not."""
         holder = read_holder(self.path)
         return self._status(holder, *_states([holder], patience))
 
@@ -518,7 +514,7 @@ class Container:
 def _states(holders: Sequence[Holder | None], patience: float = PATIENCE_S) -> list[str]:
     """The state of each of ``holders``; roots that must be asked are asked all at once."""
     states = [_state(holder) for holder in holders]
-    served = [n for n, state in enumerate(states) if state == "mounted"]
+    served = [n for n, state in enumerate(states) if state == "mounted" and patience]
     for n, answer in zip(served, ask([_root_of(holders[n]) for n in served], patience), strict=True):
         if answer in (Answer.SILENT, Answer.DEAD):
             states[n] = "not answering"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -15,7 +14,7 @@ import click
 from vzfs.cli import container, diff, machine, stats, template
 from vzfs.cli.base import JSON_KEY, Group
 from vzfs.cli.failure import EXIT_BROKEN_PIPE, explain, report, wants_traceback
-from vzfs.errors import VzfsError
+from vzfs.cli.output import OutputError, prepare_streams, throw_output_away
 
 PROGRAM = "vzfs"
 
@@ -52,11 +51,11 @@ class Program(Group):
             click.echo(error.format_message(), err=True)
             sys.exit(error.exit_code)
         except OutputClosedError:
-            _throw_output_away()
+            throw_output_away()
             sys.exit(EXIT_BROKEN_PIPE)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
-            if isinstance(error, OSError) and (why := _output_failure()):
-                error = VzfsError(f"standard output: {why}", remedy="give the output another place")
+            if isinstance(error, OutputError):
+                throw_output_away()
             if wants_traceback(given) and not isinstance(error, click.ClickException | click.Abort):
                 sys.excepthook(type(error), error, error.__traceback__)
             failure = explain(error)
@@ -89,36 +88,6 @@ def _noticing_closed_output() -> Iterator[None]:
         yield
     except BrokenPipeError as error:
         raise OutputClosedError from error
-
-
-def _output_failure() -> str:
-    """Why standard output takes nothing, if that is so: what couldn't be written is still in its buffer."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        _throw_output_away()
-        return error.strerror or str(error)
-    return ""
-
-
-def _reserve_descriptors() -> None:
-    """What was closed by the caller (``>&-``) must not become a file that is opened next, and then be printed into."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            # The lowest free number. Not open for writing, so that printing into it fails as it would have.
-            os.open(os.devnull, os.O_RDONLY if number != 2 else os.O_WRONLY)
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
-
-
-def _throw_output_away() -> None:
-    """What is still in the buffer must go somewhere, or the interpreter complains at its end."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a real file
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _version() -> str:
@@ -190,9 +159,5 @@ for module in (container, diff, stats, machine):
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The ``vzfs`` program. Output that the terminal's encoding can't hold is escaped instead of failing."""
-    _reserve_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
+    prepare_streams()
     cli.main(args, prog_name=PROGRAM)

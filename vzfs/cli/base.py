@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vzfs.errors import UsageError
+from vzfs.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -93,6 +93,20 @@ def open_store(ctx: click.Context) -> Store:
     from vzfs.api import Store
 
     return Store(ctx.find_root().params.get("root"))
+
+
+def existing_store(ctx: click.Context) -> Store:
+    """The same; one that doesn't exist is not taken for an empty one, as its path is probably a mistake.
+
+    Raises ``NotFoundError``.
+    """
+    store = open_store(ctx)
+    if not store.exists:
+        raise NotFoundError(
+            f"there is no store at {store.root}",
+            remedy="'vzfs template create' makes one; another is given with --root or VZFS_ROOT",
+        )
+    return store
 
 
 def neither_or_both(ctx: click.Context, *, everything: bool) -> UsageError:

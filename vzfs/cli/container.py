@@ -17,6 +17,7 @@ from vzfs.cli.base import (
     complete_template,
     container_argument,
     containers_argument,
+    existing_store,
     json_option,
     neither_or_both,
     open_store,
@@ -70,7 +71,7 @@ def _named(ctx: click.Context, ct_ids: tuple[str, ...], everything: bool) -> lis
     """The containers of the arguments, or all of the store with ``--all``; exactly one of both must be given."""
     if bool(ct_ids) == everything:
         raise neither_or_both(ctx, everything=everything)
-    store = open_store(ctx)
+    store = existing_store(ctx)
     return store.containers() if everything else [store.container(ct_id) for ct_id in ct_ids]
 
 
@@ -155,7 +156,7 @@ def destroy(ctx: click.Context, ct_ids: tuple[str, ...], yes: bool) -> None:
 @click.pass_context
 def list_containers(ctx: click.Context) -> None:
     """List the containers of the store."""
-    found = open_store(ctx).statuses()
+    found = existing_store(ctx).statuses()
     if wants_json(ctx):
         print_json(found)
         return
@@ -178,7 +179,7 @@ def list_containers(ctx: click.Context) -> None:
 @click.pass_context
 def status(ctx: click.Context, ct_id: str | None) -> None:
     """Show what is mounted where, and served by which process."""
-    store = open_store(ctx)
+    store = existing_store(ctx)
     if ct_id is not None:
         _print_status(ctx, store.container(ct_id))
         return
@@ -355,9 +356,9 @@ def umount(ctx: click.Context, ct_ids: tuple[str, ...], lazy: bool, everywhere: 
 
     CT_ID may be a mount point as well. What is in use is refused, and nothing is touched then.
     """
-    store = open_store(ctx)
     if bool(ct_ids) == everything:
         raise neither_or_both(ctx, everything=everything)
+    store = existing_store(ctx) if everything else open_store(ctx)
     if everything:
         containers = [store.container(one.path) for one in store.statuses() if one.mounted]
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vzfs.cli.base import Command, any_containers_argument, json_option, neither_or_both, open_store, wants_json
+from vzfs.cli.base import Command, any_containers_argument, existing_store, json_option, neither_or_both, wants_json
 from vzfs.cli.show import duration, plain, print_fields, print_json, print_table, printable, size
 from vzfs.errors import NotFoundError, NotMountedError, UsageError
 
@@ -56,7 +56,7 @@ def stats(ctx: click.Context, ct_ids: tuple[str, ...], everything: bool, watch: 
         raise neither_or_both(ctx, everything=everything)
     if watch is not None and not watch >= LEAST_WATCH_S:
         raise UsageError(f"can't print every {watch:g} s", remedy=f"choose {LEAST_WATCH_S:g} s or more")
-    store = open_store(ctx)
+    store = existing_store(ctx)
     ask = _Mounted(store) if everything else _Named([store.container(ct_id) for ct_id in ct_ids])
     single = len(ct_ids) == 1
     if watch is None:

@@ -11,6 +11,7 @@ from vzfs.cli.base import (
     Group,
     complete_file,
     complete_template,
+    existing_store,
     json_option,
     open_store,
     template_argument,
@@ -120,7 +121,7 @@ def create(
 @click.pass_context
 def list_templates(ctx: click.Context) -> None:
     """List the templates of the store."""
-    infos = [found.info() for found in open_store(ctx).templates()]
+    infos = [found.info() for found in existing_store(ctx).templates()]
     if wants_json(ctx):
         print_json(infos)
         return
