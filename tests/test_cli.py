@@ -25,6 +25,7 @@ from click.testing import CliRunner, Result
 
 from vzfs.cli.app import cli
 from vzfs.cli.base import Command, Group
+from vzfs.cli.progress import _amount
 from vzfs.cli.show import duration, escape_name, plain, printable, size
 from vzfs.errors import BusyError, DamagedError, FullError, NotFoundError, NotMountedError, SourceError, VzfsError
 from vzfs.store.problem import Problem
@@ -510,6 +511,12 @@ def test_sizes() -> None:
         "3.0 GiB",
         "2.0 TiB",
     ]
+
+
+def test_amounts_of_progress_have_rates() -> None:
+    assert _amount(3 << 30, 6 << 30, 210 << 20, in_bytes=True) == "3.0 GiB of 6.0 GiB, 210.0 MiB/s"
+    assert _amount(1200, 6768, 850.4, in_bytes=False) == "1,200 of 6,768, 850/s"
+    assert _amount(1200, None, None, in_bytes=False) == "1,200"
 
 
 def test_durations() -> None:

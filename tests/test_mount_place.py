@@ -296,3 +296,36 @@ def test_something_else_in_a_containers_place(rig: Rig) -> None:
     gone = vzfs("destroy", "500", "--yes", root=rig.root, code=3)
     assert "is no container" in gone.stderr
     assert "create" not in gone.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+
+WITHOUT = """
+import sys
+for name in ("trio", "pyfuse3"):
+    sys.modules[name] = None
+"""
+
+
+@one_engine
+def test_without_pyfuse3_and_trio_the_direct_engine_serves(rig: Rig) -> None:
+    container = rig.container()
+    (rig.place / "without").mkdir()
+    (rig.place / "without/sitecustomize.py").write_text(WITHOUT)
+    lacking = environment()
+    lacking["PYTHONPATH"] += f":{rig.place}/without"
+
+    def mount(engine: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vzfs", "--root", rig.root, "mount", "101", "--engine", engine]
+        return subprocess.run(command, env=lacking, capture_output=True, text=True)
+
+    for engine in ("direct", "auto"):
+        done = mount(engine)
+        assert done.returncode == 0, done.stderr
+        assert container.status().engine == "direct"
+        container.umount()
+    refused = mount("pyfuse3")
+    assert refused.returncode == 7
+    assert "the engine pyfuse3 can't run" in refused.stderr
+    assert "--engine direct" in refused.stderr
+    assert mounts_below(rig.place) == []

@@ -133,6 +133,7 @@ ENGINES = ("auto", "direct", "pyfuse3")
 
 def _mount(order: Order, container: Path, mountpoint: Path) -> Served:
     """Mount, and find the engine that serves it."""
+    reason = ""
     if order.engine != "pyfuse3":
         served = _attach(order, container, mountpoint, "direct")
         try:
@@ -144,11 +145,25 @@ def _mount(order: Order, container: Path, mountpoint: Path) -> Served:
             served.end()
             if order.engine == "direct":
                 raise
+            reason = error.message
             log.info("engine pyfuse3, because %s", error.message)
         except BaseException:
             served.end()
             raise
+    _need_pyfuse3(reason)
     return _attach(order, container, mountpoint, "pyfuse3")
+
+
+def _need_pyfuse3(reason: str) -> None:
+    """Raise ``UnsupportedError`` if the engine pyfuse3 can't run; ``reason``: why the direct one can't, if that was tried."""
+    try:
+        import vzfs.fuse.portable  # noqa: F401
+    except ImportError as error:
+        but = f", and the direct one can't either: {reason}" if reason else ""
+        raise UnsupportedError(
+            f"the engine pyfuse3 can't run: {error}{but}",
+            remedy="install what is missing, see: vzfs doctor" + ("" if reason else "; or choose --engine direct"),
+        ) from error
 
 
 def _attach(order: Order, container: Path, mountpoint: Path, engine: str) -> Served:
