@@ -155,7 +155,7 @@ def _mount(order: Order, container: Path, mountpoint: Path) -> Served:
 
 
 def _need_pyfuse3(reason: str) -> None:
-    """Raise ``UnsupportedError`` if the engine pyfuse3 can't run; ``reason``: why the direct one can't, if that was tried."""
+    """Raise ``UnsupportedError`` if pyfuse3 can't run. ``reason``: why the direct engine can't, if it was tried."""
     try:
         import vzfs.fuse.portable  # noqa: F401
     except ImportError as error:
