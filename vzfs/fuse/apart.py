@@ -30,12 +30,16 @@ def apart(works: Sequence[Callable[[], bytes]], patience_s: float) -> list[bytes
     for start in range(0, len(works), _AT_ONCE):
         running = [_start(work) for work in works[start : start + _AT_ONCE]]
         end = time.monotonic() + patience_s
-        answers += [_collect(fd, end) for fd in running]
+        for child, _ in running:  # it ends as soon as it has started the grandchild
+            os.waitpid(child, 0)
+        answers += [_collect(fd, end) for _, fd in running]
     return answers
 
 
-def _start(work: Callable[[], bytes]) -> int:
-    """Do it in a grandchild; gives the descriptor from which to read its number, a line, and then its answer."""
+def _start(work: Callable[[], bytes]) -> tuple[int, int]:
+    """Do it in a grandchild; gives the child, and the descriptor from which to read the grandchild's number, a line,
+    and then its answer.
+    """
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, from Python 3.12 on: see above
@@ -43,8 +47,7 @@ def _start(work: Callable[[], bytes]) -> int:
     if not child:
         _be_child(work, write_end)
     os.close(write_end)
-    os.waitpid(child, 0)
-    return read_end
+    return child, read_end
 
 
 def _be_child(work: Callable[[], bytes], fd: int) -> None:
