@@ -30,7 +30,7 @@ from benchmarks.systems import Ground, Mount, System
 from benchmarks.template import make_shape, make_template
 from benchmarks.workload import Cache, Condition, Facts, Outcome, Place, Skip, Step, Workload
 from vzfs.errors import VzfsError
-from vzfs.fuse.mount import mount_table
+from vzfs.fuse.table import mount_table
 
 TEMPLATE = "bench"
 STEP_TIMEOUT_S = 300.0

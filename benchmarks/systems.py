@@ -25,7 +25,7 @@ from typing import ClassVar
 from benchmarks.workload import Skip
 from vzfs import Container, Store
 from vzfs.errors import NotMountedError, UnsupportedError
-from vzfs.fuse.mount import mount_table
+from vzfs.fuse.table import mount_table
 
 MOUNT_TIMEOUT_S = 20.0
 DIES_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM")

@@ -19,7 +19,7 @@ import pytest
 
 from tests.engines import EngineStore
 from tests.realuse_helpers import alive, wait_for
-from vzfs.fuse.mount import mount_table
+from vzfs.fuse.table import mount_table
 from vzfs.store import sys as calls
 from vzfs.store.lock import read_holder
 

@@ -45,7 +45,7 @@ class EngineContainer(Container):
         self._chosen: dict[str, Any] = {"engine": store.engine, "timeout": PATIENCE_S}
 
     def mount(self, mountpoint: StrPath | None = None, **options: Any) -> Path:
-        return super().mount(mountpoint, **{**self._chosen, **options})
+        return super().mount(mountpoint, **{"mkdir": mountpoint is not None, **self._chosen, **options})
 
     def umount(self, **options: Any) -> None:
         super().umount(**{"timeout": PATIENCE_S, **options})

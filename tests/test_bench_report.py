@@ -750,3 +750,13 @@ def test_a_run_without_a_sample_gives_a_report(tmp_path: Path) -> None:
 def test_the_performance_page_has_a_place_for_the_report() -> None:
     page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
     assert "generated here" in markdown.update(page, "generated here", "docs/performance.md")
+
+
+def test_numbers_at_axes_are_no_thousandths() -> None:
+    """For "300m operations per second" is read as millions."""
+    from benchmarks.report.plots import count_tick
+
+    values = (0, 0.3, 0.05, 1, 20, 999, 1_000, 2_500, 300_000, 5e6, 2e9)
+    assert [count_tick(value) for value in values] == [
+        "0", "0.3", "0.05", "1", "20", "999", "1k", "2.5k", "300k", "5M", "2G",
+    ]  # fmt: skip

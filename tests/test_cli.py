@@ -25,6 +25,7 @@ from click.testing import CliRunner, Result
 
 from vzfs.cli.app import cli
 from vzfs.cli.base import Command, Group
+from vzfs.cli.progress import _amount
 from vzfs.cli.show import duration, escape_name, plain, printable, size
 from vzfs.errors import BusyError, DamagedError, FullError, NotFoundError, NotMountedError, SourceError, VzfsError
 from vzfs.store.problem import Problem
@@ -50,6 +51,8 @@ class FakeStatus:
     flags: tuple[str, ...] | None = None
     passthrough: bool | None = None
     max_write: int | None = None
+    state: str = "stopped"
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,17 @@ class FakeContainer:
         where = f"/store/root/{self.alias}" if self.is_mounted else None
         pid = 4242 if self.is_mounted else None
         return FakeStatus(
-            self.alias, str(self.path), "debian-12", self.is_mounted, where, pid, "pyfuse3", 1_700_000_000.0, False
+            self.alias,
+            str(self.path),
+            "debian-12",
+            self.is_mounted,
+            where,
+            pid,
+            "pyfuse3",
+            1_700_000_000.0,
+            False,
+            state="mounted" if self.is_mounted else "stopped",
+            name=self.conf["NAME"] or None,
         )
 
     def _call(self, name: str, *args: Any) -> None:
@@ -116,8 +129,8 @@ class FakeContainer:
     def serve(self, mountpoint: str | None = None, **options: Any) -> None:
         self._call("serve", mountpoint, options)
 
-    def umount(self, *, lazy: bool = False) -> None:
-        self._call("umount", lazy)
+    def umount(self, *, lazy: bool = False, everywhere: bool = False) -> None:
+        self._call("umount", lazy, everywhere)
 
     def destroy(self) -> None:
         self._call("destroy")
@@ -173,9 +186,18 @@ class FakeStore:
     def containers(self) -> list[FakeContainer]:
         return self.cts
 
-    def container(self, ct: str) -> FakeContainer:
+    exists = True
+    root = Path("/store")
+
+    def statuses(self) -> list[FakeStatus]:
+        return [one.status() for one in self.cts]
+
+    def mounted_at(self, path: str) -> None:
+        return None
+
+    def container(self, ct: str | Path) -> FakeContainer:
         for one in self.cts:
-            if ct in (one.alias, one.conf.get("NAME")):
+            if str(ct) in (one.alias, str(one.path), one.conf.get("NAME")):
                 return one
         raise NotFoundError(f"no container {ct}", remedy="vzfs list shows what there is")
 
@@ -310,7 +332,10 @@ def complete(*words: str, incomplete: str = "") -> list[str]:
 
 
 def test_completion_knows_containers_and_templates(store: FakeStore) -> None:
-    assert complete("mount") == ["101", "102"]
+    assert complete("mount") == ["101", "web", "102"]
+    assert complete("status", incomplete="w") == ["web"]
+    assert complete("mount", incomplete="/srv/v") == ["/srv/v"]
+    assert complete("template", "create", "x", "--from", incomplete="/sr") == ["/sr"]
     assert complete("diff", incomplete="102") == ["102"]
     assert complete("create", "5", "--template", incomplete="deb") == ["debian-12"]
     assert complete("template", "show") == ["debian-12"]
@@ -488,6 +513,12 @@ def test_sizes() -> None:
     ]
 
 
+def test_amounts_of_progress_have_rates() -> None:
+    assert _amount(3 << 30, 6 << 30, 210 << 20, in_bytes=True) == "3.0 GiB of 6.0 GiB, 210.0 MiB/s"
+    assert _amount(1200, 6768, 850.4, in_bytes=False) == "1,200 of 6,768, 850/s"
+    assert _amount(1200, None, None, in_bytes=False) == "1,200"
+
+
 def test_durations() -> None:
     minute = 60_000_000_000
     spans = (0, 850, 1_500, 12_345, 4_500_000, 999_999_999, 1_500_000_000, 59 * 10**9)
@@ -557,7 +588,9 @@ def test_root_comes_from_the_option_then_the_environment(store: FakeStore, monke
 
 def test_create_passes_everything_on(store: FakeStore) -> None:
     run("create", "/srv/ve/103", "--template", "debian-12", "--name", "db", "--mountpoint", "/mnt/db")
-    assert store.made == [("/srv/ve/103", {"template": "debian-12", "name": "db", "mountpoint": "/mnt/db"})]
+    assert store.made == [
+        ("/srv/ve/103", {"template": "debian-12", "name": "db", "mountpoint": "/mnt/db", "userns_uid": None})
+    ]
     assert json.loads(run("create", "104", "--template", "debian-12", "--json").stdout)["ct"] == "104"
 
 
@@ -565,11 +598,15 @@ def test_mount_passes_everything_on(store: FakeStore) -> None:
     mount = ["mount", "101", "/mnt/x", "--ro", "--engine", "pyfuse3", "--sync", "full", "--log", "/var/log/x"]
     assert run(*mount).stdout == "/mnt/x\n"
     options = {"read_only": True, "engine": "pyfuse3", "sync": "full", "log": "/var/log/x", "busy_poll_us": 0}
+    options["mkdir"] = False
+    served = dict(options)
+    options |= {"timeout": 60.0, "cgroup": "auto"}
     run(*mount, "--foreground")
     run("mount", "102")
-    assert store.cts[0].calls == [("mount", ("/mnt/x", options)), ("serve", ("/mnt/x", options))]
+    assert store.cts[0].calls == [("mount", ("/mnt/x", options)), ("serve", ("/mnt/x", served))]
     run("mount", "102", "--engine", "direct", "--busy-poll", "150")
     defaults = {"read_only": False, "engine": "auto", "sync": "data", "log": None, "busy_poll_us": 0}
+    defaults |= {"timeout": 60.0, "mkdir": False, "cgroup": "auto"}
     polling = {**defaults, "engine": "direct", "busy_poll_us": 150}
     assert store.cts[1].calls == [("mount", (None, defaults)), ("mount", (None, polling))]
     assert "'auto', 'direct', 'pyfuse3'" in run("mount", "102", "--engine", "best", code=2).stderr
@@ -577,7 +614,7 @@ def test_mount_passes_everything_on(store: FakeStore) -> None:
 
 def test_umount_all_takes_the_mounted_ones(store: FakeStore) -> None:
     run("umount", "--all", "--lazy")
-    assert store.cts[0].calls == [("umount", (True,))]
+    assert store.cts[0].calls == [("umount", (True, False))]
     assert store.cts[1].calls == []
 
 
@@ -585,7 +622,7 @@ def test_one_failing_container_does_not_stop_the_others(store: FakeStore) -> Non
     store.cts[0].failure = BusyError("101 is in use")
     result = run("umount", "101", "102", code=5)
     assert "vzfs: 101 is in use" in result.stderr
-    assert store.cts[1].calls == [("umount", (False,))]
+    assert store.cts[1].calls == [("umount", (False, False))]
 
 
 @pytest.mark.parametrize(("repaired", "code"), [(True, 0), (False, 1)])

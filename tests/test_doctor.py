@@ -181,15 +181,22 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int,
     assert by_name(examine(tmp_path))["open files"].ok == ok
 
 
-def test_missing_programs_and_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("passthrough", [True, False])
+def test_missing_programs_and_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, passthrough: bool) -> None:
+    """Only the engine pyfuse3 needs its modules, and it has to serve where the kernel has no passthrough."""
+
     def broken(name: str) -> None:
         raise ImportError(f"libfuse3.so.3: cannot open shared object file ({name})")
 
     monkeypatch.setattr(doctor.shutil, "which", lambda *args, **options: None)
     monkeypatch.setattr(doctor, "import_module", broken)
+    monkeypatch.setattr(doctor, "ask_kernel", lambda: Offer(7, 45, passthrough))
     findings = by_name(examine(tmp_path))
     assert (findings["debootstrap"].ok, findings["fusermount3"].ok) == ("warning", "warning")
-    assert findings["pyfuse3"].ok == "missing"
+    for name in ("pyfuse3", "trio"):
+        assert findings[name].ok == ("warning" if passthrough else "missing")
+        assert ("only --engine pyfuse3" in findings[name].remedy) == passthrough
+    assert findings["xattr"].ok == "missing"
     assert "pip install 'pyfuse3" in findings["pyfuse3"].remedy
 
 

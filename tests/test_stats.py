@@ -326,9 +326,11 @@ def test_asking_sends_the_mount_nothing(container: EngineContainer) -> None:
         before = settled(container)
         for _ in range(50):
             container.stats()
-            container.status()
+            container.status(patience=0)
         after = container.stats()
         assert asked(after) == asked(before)
+        container.status()  # asks the root whether it answers
+        assert asked(container.stats()) == {**asked(after), "STATFS": 1}
 
 
 def test_a_mount_begins_at_zero(container: EngineContainer) -> None:

@@ -16,25 +16,31 @@ all that changes something.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzfs.errors import NotMountedError, UnsupportedError, UsageError
+from vzfs.errors import DamagedError, NotFoundError, NotMountedError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse import mount as mounts
-from vzfs.store.conf import OSTEMPLATE, VE_ROOT, Conf
+from vzfs.fuse import umount as umounts
+from vzfs.fuse.probe import PATIENCE_S, Answer, ask
+from vzfs.fuse.table import resolved, vzfs_mount
+from vzfs.store.conf import NAME, OSTEMPLATE, USERNS_UID, VE_ROOT, Conf
 from vzfs.store.container import (
+    NO_UID,
     CtId,
     container_paths,
     create_container,
     destroy_container,
     existing_container,
+    known_containers,
     template_users,
 )
 from vzfs.store.layout import CONF, Layout
-from vzfs.store.lock import Holder, read_holder
+from vzfs.store.lock import Holder, last_holder, read_holder
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
 
@@ -44,15 +50,29 @@ if TYPE_CHECKING:
     from vzfs.store.sources import SourceOptions
     from vzfs.store.template import TemplateInfo
 
+_logger = logging.getLogger(__name__)
 StrPath = str | os.PathLike[str]
 
+MOUNT_TIMEOUT_S = 60.0
+"""How long a root may take to be usable: a fifth of a second mostly, more on a node that boots with many containers."""
+ENDING_S = 10.0
+"""How long a server may take to end whose root was unmounted: it flushes what it has."""
+CGROUPS = ("auto", "keep")
 MAX_BUSY_POLL_US = 10_000
 """Polling for longer than this would be nothing but a lost CPU."""
 
 
+STATES = ("stopped", "mounting", "mounted", "not answering", "detached", "in use")
+"""What a container may be doing. ``not answering``: mounted, its server is stopped or hangs. ``detached``: unmounted
+and served on until the last program that uses it ends. ``in use``: being checked or destroyed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a container is doing; ``since`` in seconds since 1970, ``ct`` its number, else its path.
+    """What a container is doing; ``since`` in seconds since 1970, ``ct`` its number, else its path, ``name`` its NAME.
+
+    ``state`` is one of ``STATES``; ``mounted`` says whether there is a root that a program may be started in, so it is
+    true for ``mounted`` and ``not answering``.
 
     What the engine agreed upon with the kernel: the FUSE ``protocol``, for example ``7.45``, the names of its
     ``flags``, whether the kernel reads and writes files by itself (``passthrough``), and ``max_write`` in bytes. They
@@ -72,6 +92,8 @@ class Status:
     flags: tuple[str, ...] | None = None
     passthrough: bool | None = None
     max_write: int | None = None
+    state: str = "stopped"
+    name: str | None = None
 
 
 class Store:
@@ -85,6 +107,11 @@ class Store:
         """The root directory."""
         return self.layout.root
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is one already: the first template makes it, and until then it is empty."""
+        return self.layout.is_there
+
     def create_template(
         self, name: str, source: str, options: SourceOptions | None = None, progress: Progress = no_progress
     ) -> Template:
@@ -97,7 +124,9 @@ class Store:
         from vzfs.store.template import create_template
 
         _need_root()
+        _logger.info("making template %s of %s in %s", name, source, self.root)
         create_template(self.layout, name, source, options, progress)
+        _logger.info("made template %s", name)
         return Template(self, name)
 
     def templates(self) -> list[Template]:
@@ -114,15 +143,24 @@ class Store:
         return Template(self, name)
 
     def create(
-        self, ct: CtId, *, template: str, name: str | None = None, mountpoint: StrPath | None = None
+        self,
+        ct: CtId,
+        *,
+        template: str,
+        name: str | None = None,
+        mountpoint: StrPath | None = None,
+        userns_uid: int | None = None,
     ) -> Container:
         """Make a container, in milliseconds and a few blocks whatever the template's size.
 
-        ``ct`` is a number or a path, ``name`` and ``mountpoint`` go into its conf. Raises ``ExistsError``,
-        ``NotFoundError`` (the template), ``UsageError``, ``FullError``.
+        ``ct`` is a number or a path, ``name`` and ``mountpoint`` go into its conf, and so does ``userns_uid``, the user
+        of the node who is root in the container's user namespace: that user, too, can reach its mount point then.
+        Raises ``ExistsError``, ``NotFoundError`` (the template), ``UsageError``, ``FullError``.
         """
         _need_root()
-        return Container(self, create_container(self.layout, ct, template, name=name, mountpoint=mountpoint))
+        path = create_container(self.layout, ct, template, name=name, mountpoint=mountpoint, userns_uid=userns_uid)
+        _logger.info("made container %s from template %s", path, template)
+        return Container(self, path)
 
     def containers(self) -> list[Container]:
         """The containers in the store's own folder, by number."""
@@ -130,7 +168,44 @@ class Store:
 
     def container(self, ct: CtId) -> Container:
         """The container with this number, path or NAME. Raises ``NotFoundError``, ``UsageError``."""
-        return Container(self, existing_container(self.layout, ct))
+        found = Container(self, existing_container(self.layout, ct))
+        _logger.debug("%s is the container %s", ct, found.path)
+        return found
+
+    def statuses(self) -> list[Status]:
+        """The status of all containers in the store's own folder, but of those that are removed meanwhile.
+
+        As fast for many roots that don't answer as for one.
+        """
+        found: list[tuple[Container, Holder | None]] = []
+        for container in self.containers():
+            with contextlib.suppress(NotFoundError, FileNotFoundError):
+                found.append((container, read_holder(container.path)))
+        states = _states([holder for _, holder in found])
+        rows = []
+        for (container, holder), state in zip(found, states, strict=True):
+            with contextlib.suppress(NotFoundError, FileNotFoundError):
+                rows.append(container._status(holder, state))
+        return rows
+
+    def mounted_at(self, mountpoint: StrPath) -> Container | None:
+        """The container whose root is mounted at ``mountpoint``, alive or dead; ``None`` when nothing of vzfs is there.
+
+        Raises ``NotFoundError`` when the store doesn't know it.
+        """
+        place = resolved(mountpoint)
+        entry = vzfs_mount(Path(place))
+        if entry is None:
+            return None
+        known = [Container(self, path) for path in known_containers(self.layout)]
+        for container in known:
+            holder = last_holder(container.path)
+            if holder is not None and holder.device == entry.device:
+                return container
+        raise NotFoundError(
+            f"{place} is the root of a container that the store {self.root} doesn't know ({entry.source})",
+            remedy="name the container by its path, or give its store with --root; umount --lazy takes a dead one away",
+        )
 
 
 class Template:
@@ -165,6 +240,7 @@ class Template:
         """Compare every file's content and attributes with the index; reads all of it."""
         from vzfs.store.template import verify_template
 
+        _logger.info("verifying template %s", self.name)
         return verify_template(self.store.layout, self.name, progress)
 
     def remove(self) -> None:
@@ -172,6 +248,7 @@ class Template:
         from vzfs.store.template import remove_template
 
         _need_root()
+        _logger.info("removing template %s", self.name)
         remove_template(self.store.layout, self.name, [container.ct for container in self.users()])
 
 
@@ -194,14 +271,41 @@ class Container:
 
     @property
     def conf(self) -> Conf:
-        """Its settings, read anew."""
-        return Conf.load(self.path / CONF)
+        """Its settings, read anew. Raises ``NotFoundError`` when it was destroyed, ``DamagedError``."""
+        try:
+            return Conf.load(self.path / CONF)
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no container at {self.path}", remedy="vzfs list shows all") from None
 
     @property
     def mountpoint(self) -> Path:
-        """Where it is mounted if nothing else is said: ``VE_ROOT`` (``$VEID`` replaced), else the store's ``root``."""
-        configured = self.conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
-        return Path(configured) if configured else self.store.layout.mounts / self.alias
+        """Where it is mounted if nothing else is said: ``VE_ROOT`` (``$VEID`` replaced), else below the store's
+        ``root``, or below its ``userns`` if conf has ``USERNS_UID``.
+        """
+        conf = self.conf
+        configured = conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
+        if configured:
+            return Path(configured)
+        layout = self.store.layout
+        return layout.userns / self.alias / "root" if conf.get(USERNS_UID) else layout.mounts / self.alias
+
+    @property
+    def userns_uid(self) -> int | None:
+        """The user of the node who is root in its user namespace. Raises ``DamagedError`` when conf names none."""
+        text = self.conf.get(USERNS_UID)
+        if not text:
+            return None
+        if not text.isdecimal() or not 0 < int(text) < NO_UID:
+            raise DamagedError(f"{self.path / CONF}: {USERNS_UID} is {text!r}", remedy="set it to a uid, or remove it")
+        return int(text)
+
+    def _usual_place(self) -> Path:
+        """``mountpoint`` with symbolic links resolved; where the store has it if the conf can't tell."""
+        try:
+            place = self.mountpoint
+        except (VzfsError, OSError):
+            place = self.store.layout.mounts / self.alias
+        return Path(resolved(place))
 
     def mount(
         self,
@@ -213,7 +317,9 @@ class Container:
         log: str | None = None,
         busy_poll_us: int = 0,
         passthrough_above: int | None = None,
-        timeout: float = 10.0,
+        timeout: float = MOUNT_TIMEOUT_S,
+        mkdir: bool = False,
+        cgroup: str = "auto",
     ) -> Path:
         """Mount it, served by a process of its own, and return where when the root is usable.
 
@@ -223,11 +329,18 @@ class Container:
         template's file by itself: such a file is in memory once for all containers, but who reads it while another
         program first changes it keeps the old one.
         ``sync`` says when vzfs flushes what it copies: ``none``, ``data`` or ``full``.
-        ``log`` is a file (``vzfs.log`` in the container), ``journal`` or ``-``; ``timeout`` is in seconds. Raises
+        ``log`` is a file (``vzfs.log`` in the container) or ``journal``; ``timeout`` is in seconds. ``mkdir`` makes a
+        ``mountpoint`` that is missing; the container's own is made in any case. ``cgroup`` is ``auto``, where the
+        process leaves the cgroup of its caller unless that is a service's, or ``keep``. Raises
         ``BusyError`` when it is mounted already, ``UsageError``, ``UnsupportedError``, ``DamagedError``,
-        ``NotFoundError`` (its template).
+        ``NotFoundError`` (its template). Nothing is mounted then.
         """
         _need_root()
+        if log == "-":
+            raise UsageError(
+                "a process of its own can't log to standard error: its caller goes on without it",
+                remedy="give a file, or journal; or serve in this process: vzfs mount --foreground",
+            )
         order = self._order(
             mountpoint,
             read_only=read_only,
@@ -236,8 +349,14 @@ class Container:
             log=log,
             busy_poll_us=busy_poll_us,
             passthrough_above=passthrough_above,
+            mkdir=mkdir,
+            cgroup=cgroup,
         )
+        _logger.info("mounting %s at %s", self.path, order["mountpoint"])
+        _logger.debug("order: %s", order)
+        umounts.await_detached(self.path, min(timeout, ENDING_S))
         mounts.start(order, timeout)
+        _logger.info("mounted %s; it logs to %s", self.path, order["log"])
         return Path(str(order["mountpoint"]))
 
     def serve(
@@ -250,6 +369,7 @@ class Container:
         log: str | None = "-",
         busy_poll_us: int = 0,
         passthrough_above: int | None = None,
+        mkdir: bool = False,
     ) -> None:
         """Mount it and serve it in this process's main thread until it is unmounted, or SIGTERM or SIGINT comes."""
         from vzfs.fuse.serve import Order, serve
@@ -263,7 +383,10 @@ class Container:
             log=log,
             busy_poll_us=busy_poll_us,
             passthrough_above=passthrough_above,
+            mkdir=mkdir,
+            cgroup="keep",
         )
+        umounts.await_detached(self.path, ENDING_S)
         serve(Order(**order))  # type: ignore[arg-type]
 
     def _order(
@@ -276,17 +399,25 @@ class Container:
         log: str | None,
         busy_poll_us: int,
         passthrough_above: int | None,
+        mkdir: bool,
+        cgroup: str,
     ) -> dict[str, object]:
         _check_busy_poll(busy_poll_us, engine)
         if passthrough_above is None:
             passthrough_above = mounts.PASSTHROUGH_ABOVE
         elif passthrough_above < 0:
             raise UsageError(f"no file has {passthrough_above} bytes", remedy="choose 0 or more for passthrough-above")
-        where = os.path.abspath(mountpoint) if mountpoint is not None else str(self.mountpoint)
+        if mountpoint is not None and not os.fspath(mountpoint):
+            raise UsageError("an empty path is no mount point", remedy="give a directory, or leave it out")
+        if cgroup not in CGROUPS:
+            raise UsageError(f"{cgroup!r} says nothing about a cgroup", remedy=f"choose {' or '.join(CGROUPS)}")
         return {
             "root": str(self.store.root),
             "container": str(self.path),
-            "mountpoint": os.path.realpath(where),
+            "mountpoint": resolved(self.mountpoint if mountpoint is None else mountpoint),
+            "mkdir": mkdir or mountpoint is None,
+            "userns_uid": self.userns_uid if mountpoint is None and not self.conf.get(VE_ROOT) else None,
+            "cgroup": cgroup,
             "engine": engine,
             "read_only": read_only,
             "sync": sync,
@@ -295,16 +426,18 @@ class Container:
             "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / "vzfs.log"),
         }
 
-    def umount(self, *, lazy: bool = False, timeout: float = 10.0) -> None:
+    def umount(self, *, lazy: bool = False, everywhere: bool = False, timeout: float = 10.0) -> None:
         """Unmount it and wait, up to ``timeout`` seconds, until its serving process has ended.
 
-        ``lazy`` takes it out of sight at once; it ends when its last file is closed. Raises ``NotMountedError``,
-        ``BusyError`` naming the processes that use it.
+        ``lazy`` takes it out of sight at once; it ends when its last file is closed. ``everywhere`` unmounts it in
+        other mount namespaces and takes its bind mounts away, too. Raises ``NotMountedError``, ``BusyError`` naming
+        what uses it; nothing was touched then.
         """
         _need_root()
-        holder = read_holder(self.path)
-        where = holder.mountpoint if holder and holder.mountpoint else os.path.realpath(self.mountpoint)
-        mounts.unmount(self.path, Path(where), lazy=lazy, timeout_s=timeout)
+        _logger.info("unmounting %s", self.path)
+        umounts.unmount(
+            self.path, self._usual_place(), umounts.How(lazy=lazy, everywhere=everywhere, timeout_s=timeout)
+        )
 
     @contextlib.contextmanager
     def mounted(self, mountpoint: StrPath | None = None, **options: object) -> Iterator[Path]:
@@ -316,16 +449,20 @@ class Container:
             with contextlib.suppress(NotMountedError):
                 self.umount()
 
-    def status(self) -> Status:
-        """What it is doing now."""
+    def status(self, *, patience: float = PATIENCE_S) -> Status:
+        """What it is doing now. A mounted root is asked, for up to ``patience`` seconds, whether it answers; 0: not."""
         holder = read_holder(self.path)
+        return self._status(holder, *_states([holder], patience))
+
+    def _status(self, holder: Holder | None, state: str) -> Status:
         agreed = _agreed(holder)
+        conf = self.conf
         return Status(
             ct=self.ct,
             path=str(self.path),
-            template=self.conf.get(OSTEMPLATE),
-            mounted=holder is not None and holder.doing == "serves",
-            mountpoint=holder.mountpoint if holder else None,
+            template=conf.get(OSTEMPLATE),
+            mounted=state in ("mounted", "not answering"),
+            mountpoint=holder.mountpoint if holder and state != "detached" else None,
             pid=holder.pid if holder else None,
             engine=holder.engine if holder else None,
             since=holder.since if holder else None,
@@ -334,6 +471,8 @@ class Container:
             flags=agreed.flags if agreed else None,
             passthrough=agreed.passthrough if agreed else _without_passthrough(holder),
             max_write=agreed.max_write if agreed else None,
+            state=state,
+            name=conf.get(NAME) or None,
         )
 
     def stats(self) -> Statistics:
@@ -366,18 +505,50 @@ class Container:
         """What it added, changed, renamed and removed against its template; with ``content`` also how text differs."""
         from vzfs.store.diff import diff_container
 
+        _logger.info("comparing %s with its template", self.path)
         return diff_container(self.store.layout, self.path, content=content)
 
     def check(self, *, repair: bool = False) -> list[Problem]:
         """Find what an interrupted or foreign change left wrong, repair it if asked; ``BusyError`` while mounted."""
         from vzfs.store.check import check_container
 
+        _logger.info("%s %s", "repairing" if repair else "checking", self.path)
         return check_container(self.store.layout, self.path, repair=repair)
 
     def destroy(self) -> None:
-        """Remove it and all its data. Raises ``BusyError`` while it is mounted."""
+        """Remove it and all its data, and what a dead server left mounted. Raises ``BusyError`` while it is mounted."""
         _need_root()
+        umounts.await_detached(self.path, ENDING_S)
+        umounts.unmount_dead_of(self.path, self._usual_place())
         destroy_container(self.store.layout, self.path)
+        _logger.info("destroyed %s", self.path)
+
+
+def _states(holders: Sequence[Holder | None], patience: float = PATIENCE_S) -> list[str]:
+    """The state of each of ``holders``; roots that must be asked are asked all at once."""
+    states = [_state(holder) for holder in holders]
+    served = [n for n, state in enumerate(states) if state == "mounted" and patience]
+    for n, answer in zip(served, ask([_root_of(holders[n]) for n in served], patience), strict=True):
+        if answer in (Answer.SILENT, Answer.DEAD):
+            states[n] = "not answering"
+    return states
+
+
+def _state(holder: Holder | None) -> str:
+    """The state as far as it shows without asking the root."""
+    if holder is None:
+        return "stopped"
+    if holder.doing != "serves":
+        return "mounting" if holder.doing == "mounts" else "in use"
+    if umounts.is_detached(holder):
+        return "detached"
+    return "not answering" if umounts.is_stopped(holder.pid) else "mounted"
+
+
+def _root_of(holder: Holder | None) -> tuple[str, str]:
+    """Where the root is to be asked, from whatever mount namespace, and its device."""
+    assert holder is not None
+    return f"/proc/{holder.pid}/root{holder.mountpoint}", holder.device or ""
 
 
 def _state_of(pid: int, fd: int) -> State:

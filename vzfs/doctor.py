@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
@@ -79,10 +79,26 @@ def can_run(findings: Iterable[Finding]) -> bool:
 
 def examine(root: Path) -> list[Finding]:
     """Examine this machine for a store at ``root``, which need not exist. Takes less than a second; never raises."""
-    findings = [_python(), _kernel(), _device(), *_fuse_protocol(), _capabilities(), _fusermount(), _libfuse()]
-    findings += [_module("pyfuse3", "3.4"), _module("trio", "0.26"), _module("xattr", "1.1")]
-    findings += [*_store(root), _open_files(), _debootstrap()]
+    protocol = list(_fuse_protocol())
+    direct = all(finding.ok == "ok" for finding in protocol)
+    findings = [_python(), _kernel(), _device(), *protocol, _capabilities(), _fusermount()]
+    findings += [_of_pyfuse3(finding, direct=direct) for finding in _pyfuse3()]
+    findings += [_module("xattr", "0.10"), *_store(root), _open_files(), _debootstrap()]
     return findings
+
+
+def _pyfuse3() -> Iterator[Finding]:
+    """What the engine pyfuse3 stands on."""
+    yield _libfuse()
+    yield _module("pyfuse3", "3.2.1")
+    yield _module("trio", "0.22")
+
+
+def _of_pyfuse3(finding: Finding, *, direct: bool) -> Finding:
+    """``finding``, which is no more than a warning where the direct engine serves without it."""
+    if finding.ok != "missing" or not direct:
+        return finding
+    return replace(finding, ok="warning", remedy=f"{finding.remedy} (only --engine pyfuse3 needs it)")
 
 
 def _python() -> Finding:
@@ -282,7 +298,7 @@ def _scratch(place: Path) -> Iterator[Path]:
 
 def _file_system(place: Path) -> str:
     """Type of the file system below ``place``: of the longest mount point that holds it, the latest if mounted over."""
-    from vzfs.fuse.mount import mount_table
+    from vzfs.fuse.table import mount_table
 
     best, kind = "", "an unknown file system"
     for entry in mount_table():
@@ -316,22 +332,28 @@ def _try_file_system(scratch: Path, kind: str) -> Iterator[Finding]:
             yield Finding(name, "ok", "work here")
 
 
+def _set(path: Path, name: str = "trusted.vzfs.doctor") -> None:
+    import xattr  # type: ignore[import-untyped]
+
+    xattr.setxattr(os.fspath(path), name, b"1", symlink=True)
+
+
 def _set_trusted(scratch: Path) -> None:
     path = scratch / "file"
     path.touch()
-    os.setxattr(path, "trusted.vzfs.doctor", b"1")
+    _set(path)
 
 
 def _set_trusted_on_symlink(scratch: Path) -> None:
     path = scratch / "attribute-link"
     path.symlink_to("//vz/template/x")
-    os.setxattr(path, "trusted.vzfs.doctor", b"1", follow_symlinks=False)
+    _set(path)
 
 
 def _set_user(scratch: Path) -> None:
     path = scratch / "user"
     path.touch()
-    os.setxattr(path, "user.vzfs.doctor", b"1")
+    _set(path, "user.vzfs.doctor")
 
 
 def _link_symlink(scratch: Path) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from benchmarks.report.units import clean
 from benchmarks.report.view import PERCENTILES, Key, View, latency_medians, percentiles, rate_unit, sample_rate
@@ -446,9 +446,18 @@ def _scale(axes: Axes, values: Sequence[float], *, axis: str = "x", unit: str = 
         which.set_major_locator(MaxNLocator(5))
         low, high = min(0.0, *values, 0.0), max([*values, 0.0]) * 1.08 or 1.0
     (axes.set_xlim if axis == "x" else axes.set_ylim)(low, high)
-    which.set_major_formatter(EngFormatter(unit=unit, sep="\N{NO-BREAK SPACE}" if unit else ""))
+    which.set_major_formatter(EngFormatter(unit=unit, sep="\N{NO-BREAK SPACE}") if unit else FuncFormatter(count_tick))
     axes.grid(axis="x" if axis == "x" else "y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+_LARGE = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def count_tick(value: float, place: float = 0.0) -> str:
+    """A number at an axis: ``0.3``, ``20``, ``300k``, ``5M``. Not "300m", which looks like millions."""
+    size, letter = next(((size, letter) for size, letter in _LARGE if abs(value) >= size), (1.0, ""))
+    return f"{value / size:.6g}{letter}"
 
 
 def _condition_handles(view: View, panels: Sequence[Panel]) -> list[Line2D]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -12,11 +11,20 @@ from typing import Any, NoReturn
 
 import click
 
-from vzfs.cli import container, machine, stats, template
+from vzfs.cli import container, diff, machine, stats, template
 from vzfs.cli.base import JSON_KEY, Group
 from vzfs.cli.failure import EXIT_BROKEN_PIPE, explain, report, wants_traceback
+from vzfs.cli.output import OutputError, prepare_streams, throw_output_away
 
 PROGRAM = "vzfs"
+
+
+class _NeverRaisedError(click.UsageError):
+    pass
+
+
+_NO_ARGUMENTS: type[click.UsageError] = getattr(click.exceptions, "NoArgsIsHelpError", _NeverRaisedError)
+"""What click raises for no arguments at all; before 8.2 it prints the help and succeeds."""
 
 
 class Program(Group):
@@ -39,13 +47,15 @@ class Program(Group):
             signal.signal(signal.SIGTERM, _interrupt)
         try:
             outcome = super().main(given, prog_name or PROGRAM, complete_var, standalone_mode=False, **extra)
-        except click.exceptions.NoArgsIsHelpError as error:
+        except _NO_ARGUMENTS as error:
             click.echo(error.format_message(), err=True)
             sys.exit(error.exit_code)
         except OutputClosedError:
-            _throw_output_away()
+            throw_output_away()
             sys.exit(EXIT_BROKEN_PIPE)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+            if isinstance(error, OutputError):
+                throw_output_away()
             if wants_traceback(given) and not isinstance(error, click.ClickException | click.Abort):
                 sys.excepthook(type(error), error, error.__traceback__)
             failure = explain(error)
@@ -78,15 +88,6 @@ def _noticing_closed_output() -> Iterator[None]:
         yield
     except BrokenPipeError as error:
         raise OutputClosedError from error
-
-
-def _throw_output_away() -> None:
-    """What is still in the buffer must go somewhere, or the interpreter complains at its end."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a real file
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _version() -> str:
@@ -151,18 +152,12 @@ def cli(ctx: click.Context, root: str | None, as_json: bool, verbose: int) -> No
 
 
 cli.add_command(template.template)
-for command in container.COMMANDS:
-    cli.add_command(command)
-for command in stats.COMMANDS:
-    cli.add_command(command)
-for command in machine.COMMANDS:
-    cli.add_command(command)
+for module in (container, diff, stats, machine):
+    for command in module.COMMANDS:
+        cli.add_command(command)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The ``vzfs`` program. Output that the terminal's encoding can't hold is escaped instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
+    prepare_streams()
     cli.main(args, prog_name=PROGRAM)

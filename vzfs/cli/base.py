@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vzfs.errors import NotFoundError, UsageError
+
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from vzfs.api import Store
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -91,13 +95,51 @@ def open_store(ctx: click.Context) -> Store:
     return Store(ctx.find_root().params.get("root"))
 
 
-def complete_container(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Container names for the shell; none where the store can't be read, as there is no place for an error."""
+def existing_store(ctx: click.Context) -> Store:
+    """The same; one that doesn't exist is not taken for an empty one, as its path is probably a mistake.
+
+    Raises ``NotFoundError``.
+    """
+    store = open_store(ctx)
+    if not store.exists:
+        raise NotFoundError(
+            f"there is no store at {store.root}",
+            remedy="'vzfs template create' makes one; another is given with --root or VZFS_ROOT",
+        )
+    return store
+
+
+def neither_or_both(ctx: click.Context, *, everything: bool) -> UsageError:
+    """The error for naming no containers without ``--all``, or some with it."""
+    return UsageError(
+        "both CT_ID and --all were given" if everything else "no container was given",
+        remedy=f"name containers, or use --all; see '{ctx.command_path} --help'",
+    )
+
+
+def complete_container(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Containers for the shell, by number and NAME, and directories when a path was begun.
+
+    Nothing where the store can't be read, as there is no place for an error.
+    """
+    from click.shell_completion import CompletionItem
+
+    if "/" in incomplete:
+        return [CompletionItem(incomplete, type="dir")]
+    names = []
     try:
-        names = [container.ct for container in open_store(ctx).containers()]
+        for container in open_store(ctx).containers():
+            names += [container.ct, container.conf.get("NAME")]
     except Exception:  # noqa: BLE001
         return []
-    return [name for name in names if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in dict.fromkeys(names) if name and name.startswith(incomplete)]
+
+
+def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Files for the shell, where an option takes one, but other words as well."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
 
 
 def complete_template(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

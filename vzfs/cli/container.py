@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,10 +12,14 @@ import click
 from vzfs.cli.base import (
     Command,
     any_containers_argument,
+    complete_container,
+    complete_file,
     complete_template,
     container_argument,
     containers_argument,
+    existing_store,
     json_option,
+    neither_or_both,
     open_store,
     wants_json,
 )
@@ -23,21 +28,29 @@ from vzfs.cli.show import (
     dash,
     escape_name,
     moment,
-    plain,
     print_fields,
     print_json,
-    print_json_lines,
     print_table,
     printable,
     size,
 )
-from vzfs.errors import UsageError, VzfsError
+from vzfs.errors import BusyError, UsageError, VzfsError
 
 if TYPE_CHECKING:
-    from vzfs.api import Container, Status
-    from vzfs.store.diff import Change
+    from vzfs.api import Container, Status, Store
 
-LETTERS = {"added": "A", "changed": "C", "removed": "D", "renamed": "R"}
+
+@contextlib.contextmanager
+def _results(ctx: click.Context, results: list[dict[str, Any]]) -> Iterator[None]:
+    """With ``--json``, print ``results`` as one document at the end, of what succeeded although others failed."""
+    try:
+        yield
+    except click.exceptions.Exit:
+        if wants_json(ctx):
+            print_json(results)
+        raise
+    if wants_json(ctx):
+        print_json(results)
 
 
 def _each(ctx: click.Context, containers: Iterable[Container], action: Callable[[Container], None]) -> None:
@@ -57,20 +70,9 @@ def _each(ctx: click.Context, containers: Iterable[Container], action: Callable[
 def _named(ctx: click.Context, ct_ids: tuple[str, ...], everything: bool) -> list[Container]:
     """The containers of the arguments, or all of the store with ``--all``; exactly one of both must be given."""
     if bool(ct_ids) == everything:
-        raise UsageError(
-            "both CT_ID and --all were given" if everything else "no container was given",
-            remedy=f"name containers, or use --all; see '{ctx.command_path} --help'",
-        )
-    store = open_store(ctx)
+        raise neither_or_both(ctx, everything=everything)
+    store = existing_store(ctx)
     return store.containers() if everything else [store.container(ct_id) for ct_id in ct_ids]
-
-
-def _name_of(container: Container) -> str:
-    return container.conf.get("NAME")
-
-
-def _row(container: Container) -> dict[str, Any]:
-    return {**plain(container.status()), "name": _name_of(container) or None}
 
 
 @click.command(
@@ -80,24 +82,33 @@ def _row(container: Container) -> dict[str, Any]:
         ("vzfs create 102 --template debian-12 --name web", "with a name that may be used instead of the number"),
         ("vzfs create /srv/ve/103 --template debian-12", "outside the store's own folder"),
         ("vzfs create 104 --template debian-12 --mountpoint /mnt/104", "to be mounted elsewhere"),
+        ("vzfs create 105 --template debian-12 --userns-uid 100000", "for a runtime with a user namespace"),
     ],
 )
 @click.argument("ct_id", metavar="CT_ID")
 @click.option("--template", metavar="NAME", required=True, shell_complete=complete_template, help="Its template.")
 @click.option("--name", metavar="ALIAS", help="A name to use instead of CT_ID.")
 @click.option("--mountpoint", metavar="DIR", type=click.Path(file_okay=False), help="Where 'mount' mounts it.")
+@click.option(
+    "--userns-uid",
+    metavar="UID",
+    type=int,
+    help="The user whom root of the container's user namespace is mapped to: may reach the mount point.",
+)
 @json_option
 @click.pass_context
-def create(ctx: click.Context, ct_id: str, template: str, name: str | None, mountpoint: str | None) -> None:
+def create(
+    ctx: click.Context, ct_id: str, template: str, name: str | None, mountpoint: str | None, userns_uid: int | None
+) -> None:
     """Make a container from a template.
 
     CT_ID is a number, or the path of a container directory elsewhere.
 
     It takes a few milliseconds and a few kilobytes, whatever the template's size.
     """
-    made = open_store(ctx).create(ct_id, template=template, name=name, mountpoint=mountpoint)
+    made = open_store(ctx).create(ct_id, template=template, name=name, mountpoint=mountpoint, userns_uid=userns_uid)
     if wants_json(ctx):
-        print_json(_row(made))
+        print_json(made.status())
         return
     click.echo(f"container {escape_name(made.path)} made from template {template}")
 
@@ -111,9 +122,11 @@ def create(ctx: click.Context, ct_id: str, template: str, name: str | None, moun
 )
 @containers_argument
 @click.option("-y", "--yes", is_flag=True, help="Don't ask. Needed when standard input is no terminal.")
+@json_option
 @click.pass_context
 def destroy(ctx: click.Context, ct_ids: tuple[str, ...], yes: bool) -> None:
     """Delete containers with all their files. A mounted container is refused."""
+    destroyed: list[dict[str, Any]] = []
 
     def action(container: Container) -> None:
         path = escape_name(container.path)
@@ -121,11 +134,14 @@ def destroy(ctx: click.Context, ct_ids: tuple[str, ...], yes: bool) -> None:
             click.echo(f"container {path} kept", err=True)
             return
         container.destroy()
-        click.echo(f"container {path} destroyed")
+        destroyed.append({"ct": container.ct, "path": container.path})
+        if not wants_json(ctx):
+            click.echo(f"container {path} destroyed")
 
     if not yes and not sys.stdin.isatty():
         raise UsageError("destroy asks before it deletes, and standard input is no terminal", remedy="add --yes")
-    _each(ctx, _named(ctx, ct_ids, everything=False), action)
+    with _results(ctx, destroyed):
+        _each(ctx, _named(ctx, ct_ids, everything=False), action)
 
 
 @click.command(
@@ -140,22 +156,13 @@ def destroy(ctx: click.Context, ct_ids: tuple[str, ...], yes: bool) -> None:
 @click.pass_context
 def list_containers(ctx: click.Context) -> None:
     """List the containers of the store."""
-    rows = [_row(container) for container in open_store(ctx).containers()]
+    found = existing_store(ctx).statuses()
     if wants_json(ctx):
-        print_json(rows)
+        print_json(found)
         return
     print_table(
         ("CT", "NAME", "TEMPLATE", "STATE", "MOUNTPOINT"),
-        [
-            (
-                str(row["ct"]),
-                dash(row["name"]),
-                dash(row["template"]),
-                "mounted" if row["mounted"] else "stopped",
-                dash(row["mountpoint"]),
-            )
-            for row in rows
-        ],
+        [(one.ct, dash(one.name), dash(one.template), one.state, dash(one.mountpoint)) for one in found],
     )
 
 
@@ -167,16 +174,16 @@ def list_containers(ctx: click.Context) -> None:
         ("vzfs status 101 --json", "for programs"),
     ],
 )
-@click.argument("ct_id", metavar="[CT_ID]", required=False)
+@click.argument("ct_id", metavar="[CT_ID]", required=False, shell_complete=complete_container)
 @json_option
 @click.pass_context
 def status(ctx: click.Context, ct_id: str | None) -> None:
     """Show what is mounted where, and served by which process."""
-    store = open_store(ctx)
+    store = existing_store(ctx)
     if ct_id is not None:
         _print_status(ctx, store.container(ct_id))
         return
-    found = [container.status() for container in store.containers()]
+    found = store.statuses()
     if wants_json(ctx):
         print_json(found)
         return
@@ -190,20 +197,18 @@ def status(ctx: click.Context, ct_id: str | None) -> None:
 
 
 def _state(one: Status) -> str:
-    if not one.mounted:
-        return "stopped"
-    return "mounted, read-only" if one.read_only else "mounted"
+    return f"{one.state}, read-only" if one.mounted and one.read_only else one.state
 
 
 def _print_status(ctx: click.Context, container: Container) -> None:
     one = container.status()
     if wants_json(ctx):
-        print_json(_row(container))
+        print_json(one)
         return
     print_fields(
         (
             ("container", str(one.ct)),
-            ("name", dash(_name_of(container))),
+            ("name", dash(one.name)),
             ("path", escape_name(str(one.path))),
             ("template", dash(one.template)),
             ("state", _state(one)),
@@ -267,7 +272,27 @@ def _protocol(one: Status) -> str:
     help="What is flushed to disk before a copied file takes its place: nothing, its data, its data and directory.",
 )
 @click.option("--foreground", is_flag=True, help="Serve in this process, until it is unmounted or interrupted.")
-@click.option("--log", metavar="FILE|journal|-", help="Where the serving process logs; - is standard error.")
+@click.option(
+    "--log",
+    metavar="FILE|journal|-",
+    shell_complete=complete_file,
+    help="Where the serving process logs; -, with --foreground, is standard error.",
+)
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    help="How long the root may take to be usable.  [default: 60]",
+)
+@click.option("--mkdir", is_flag=True, help="Make MOUNTPOINT if it is missing.")
+@click.option(
+    "--cgroup",
+    type=click.Choice(["auto", "keep"]),
+    default="auto",
+    show_default=True,
+    help="Whether the serving process leaves its caller's cgroup (auto: unless that is a service's).",
+)
 @json_option
 @click.pass_context
 def mount(
@@ -281,6 +306,9 @@ def mount(
     sync: str,
     foreground: bool,
     log: str | None,
+    timeout: float,
+    mkdir: bool,
+    cgroup: str,
 ) -> None:
     """Mount the root of container CT_ID, and print where.
 
@@ -296,6 +324,7 @@ def mount(
             log=log or "-",
             busy_poll_us=busy_poll,
             passthrough_above=passthrough_above,
+            mkdir=mkdir,
         )
         return
     where = container.mount(
@@ -306,9 +335,12 @@ def mount(
         log=log,
         busy_poll_us=busy_poll,
         passthrough_above=passthrough_above,
+        timeout=timeout,
+        mkdir=mkdir,
+        cgroup=cgroup,
     )
     if wants_json(ctx):
-        print_json(_row(container))
+        print_json(container.status())
         return
     click.echo(escape_name(where))
 
@@ -318,57 +350,42 @@ def mount(
     examples=[
         ("vzfs umount 101", "end the mount when nothing uses it"),
         ("vzfs umount 101 --lazy", "detach it now; it ends when the last user is gone"),
+        ("vzfs umount 101 --everywhere", "in other mount namespaces, too, and bind mounts of it"),
+        ("vzfs umount /vz/root/101", "named by its mount point"),
         ("vzfs umount --all", "everything of this store"),
     ],
 )
 @any_containers_argument
 @click.option("--lazy", is_flag=True, help="Detach at once, although files are open.")
+@click.option("--everywhere", is_flag=True, help="In other mount namespaces as well, and bind mounts of it.")
 @click.option("--all", "everything", is_flag=True, help="All mounted containers of the store.")
-@click.pass_context
-def umount(ctx: click.Context, ct_ids: tuple[str, ...], lazy: bool, everything: bool) -> None:
-    """Unmount containers. Returns when their serving processes have written everything and ended."""
-    containers = _named(ctx, ct_ids, everything)
-    if everything:
-        containers = [container for container in containers if container.status().mounted]
-    _each(ctx, containers, lambda container: container.umount(lazy=lazy))
-
-
-@click.command(
-    cls=Command,
-    examples=[
-        ("vzfs diff 101", "what was added (A), changed (C), removed (D) and renamed (R)"),
-        ("vzfs diff 101 --content", "with the changed lines of text files"),
-        ("vzfs diff 101 --json | jq -r '.[] | select(.kind == \"added\") | .path'", "the added paths"),
-    ],
-)
-@container_argument
-@click.option("--content", is_flag=True, help="Show how the content of text files differs.")
 @json_option
 @click.pass_context
-def diff(ctx: click.Context, ct_id: str, content: bool) -> None:
-    """List what container CT_ID changed.
+def umount(ctx: click.Context, ct_ids: tuple[str, ...], lazy: bool, everywhere: bool, everything: bool) -> None:
+    """Unmount containers. Returns when their serving processes have written everything and ended.
 
-    Its files are compared with its template: A added, C changed, D removed, R renamed. The exit code is 0, whether
-    there are differences or not.
+    CT_ID may be a mount point as well. What is in use is refused, and nothing is touched then.
     """
-    changes = open_store(ctx).container(ct_id).diff(content=content)
-    if wants_json(ctx):
-        print_json_lines(changes)
-        return
-    for change in changes:
-        click.echo(describe(change))
-        if change.content:
-            click.echo("\n".join(printable(line) for line in change.content.splitlines()))
+    if bool(ct_ids) == everything:
+        raise neither_or_both(ctx, everything=everything)
+    store = existing_store(ctx) if everything else open_store(ctx)
+    if everything:
+        containers = [store.container(one.path) for one in store.statuses() if one.mounted]
+    else:
+        containers = [_at_mountpoint(store, ct_id) or store.container(ct_id) for ct_id in ct_ids]
+    unmounted: list[dict[str, Any]] = []
+
+    def action(container: Container) -> None:
+        container.umount(lazy=lazy, everywhere=everywhere)
+        unmounted.append({"ct": container.ct, "path": container.path})
+
+    with _results(ctx, unmounted):
+        _each(ctx, containers, action)
 
 
-def describe(change: Change) -> str:
-    """One line of ``vzfs diff``, for example ``C /etc/motd (content, times)``."""
-    letter = LETTERS[change.kind]
-    path = escape_name(change.path)
-    if change.kind == "renamed" and change.old_path is not None:
-        path = f"{escape_name(change.old_path)} -> {path}"
-    what = f" ({', '.join(change.what)})" if change.what else ""
-    return f"{letter} {path}{what}"
+def _at_mountpoint(store: Store, ct_id: str) -> Container | None:
+    """What is mounted at ``ct_id``, if it is a path. Looked for first: a container decides what is in its root."""
+    return store.mounted_at(ct_id) if "/" in ct_id else None
 
 
 @click.command(
@@ -385,12 +402,22 @@ def describe(change: Change) -> str:
 @json_option
 @click.pass_context
 def check(ctx: click.Context, ct_ids: tuple[str, ...], repair: bool, everything: bool) -> None:
-    """Look for crash leftovers and damage."""
+    """Look for crash leftovers and damage.
+
+    A container that is in use is refused; with --all it is skipped.
+    """
     results: list[dict[str, Any]] = []
 
     def action(container: Container) -> None:
-        problems = container.check(repair=repair)
-        results.append({"ct": container.ct, "path": container.path, "problems": problems})
+        try:
+            problems = container.check(repair=repair)
+        except BusyError as error:
+            if not everything:
+                raise
+            results.append({"ct": container.ct, "path": container.path, "problems": [], "skipped": error.message})
+            click.echo(printable(f"container {container.ct} is skipped: {error.message}"), err=True)
+            return
+        results.append({"ct": container.ct, "path": container.path, "problems": problems, "skipped": None})
         if wants_json(ctx):
             return
         for problem in problems:
@@ -399,13 +426,10 @@ def check(ctx: click.Context, ct_ids: tuple[str, ...], repair: bool, everything:
         if not problems:
             click.echo(f"container {printable(container.ct)} is clean")
 
-    try:
+    with _results(ctx, results):
         _each(ctx, _named(ctx, ct_ids, everything), action)
-    finally:
-        if wants_json(ctx) and results:
-            print_json(results)
     if any(not problem.repaired for result in results for problem in result["problems"]):
         ctx.exit(EXIT_PROBLEMS)
 
 
-COMMANDS = (create, list_containers, status, mount, umount, diff, check, destroy)
+COMMANDS = (create, list_containers, status, mount, umount, check, destroy)

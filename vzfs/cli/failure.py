@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
+_VERBOSE = re.compile("-v+")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EPERM, errno.EACCES})
 _REMEDIES = {
@@ -119,5 +121,5 @@ def report(failure: Failure, *, as_json: bool) -> None:
 
 
 def wants_traceback(args: list[str]) -> bool:
-    """Asked for by ``VZFS_DEBUG`` or by ``-v`` before the command; looked up in ``args`` as parsing may have failed."""
-    return bool(os.environ.get("VZFS_DEBUG")) or "--verbose" in args or "-v" in args
+    """Asked for by ``VZFS_DEBUG`` or by ``-v``, ``-vv``; looked up in ``args`` as parsing may have failed."""
+    return bool(os.environ.get("VZFS_DEBUG")) or any(arg == "--verbose" or _VERBOSE.fullmatch(arg) for arg in args)

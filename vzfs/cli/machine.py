@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from vzfs.cli.base import Command, json_option, wants_json
+from vzfs.cli.base import Command, json_option, open_store, wants_json
 from vzfs.cli.show import print_json, printable
 from vzfs.errors import UnsupportedError
 
@@ -36,7 +34,7 @@ def doctor(ctx: click.Context) -> None:
     """
     from vzfs.doctor import can_run, examine
 
-    findings = examine(Path(ctx.find_root().params.get("root") or "/vz"))
+    findings = examine(open_store(ctx).root)
     if wants_json(ctx):
         print_json(findings)
     else:

@@ -6,17 +6,17 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vzfs.cli.base import Command, container_argument, json_option, open_store, wants_json
-from vzfs.cli.show import duration, plain, print_fields, print_json, print_table, size
-from vzfs.errors import UsageError
+from vzfs.cli.base import Command, any_containers_argument, existing_store, json_option, neither_or_both, wants_json
+from vzfs.cli.show import duration, plain, print_fields, print_json, print_table, printable, size
+from vzfs.errors import NotFoundError, NotMountedError, UsageError
 
 if TYPE_CHECKING:
-    from vzfs.api import Container
+    from vzfs.api import Container, Store
     from vzfs.fuse.state import Pauses, Statistics
 
 WATCH_S = 2.0
@@ -31,9 +31,11 @@ LEAST_WATCH_S = 0.1
         ("vzfs stats 101 --watch", "again and again, with rates; Ctrl-C ends it"),
         ("vzfs stats 101 --json | jq .requests.LOOKUP", "one figure, for programs"),
         ("vzfs stats 101 --json --watch 10 >> stats.jsonl", "a line every ten seconds"),
+        ("vzfs stats --all --json", "those of all mounted containers"),
     ],
 )
-@container_argument
+@any_containers_argument
+@click.option("--all", "everything", is_flag=True, help="All mounted containers of the store.")
 @click.option(
     "--watch",
     metavar="[SECONDS]",
@@ -44,49 +46,92 @@ LEAST_WATCH_S = 0.1
 )
 @json_option
 @click.pass_context
-def stats(ctx: click.Context, ct_id: str, watch: float | None) -> None:
-    """Show what the mount of container CT_ID has counted.
+def stats(ctx: click.Context, ct_ids: tuple[str, ...], everything: bool, watch: float | None) -> None:
+    """Show what the mounts of containers CT_ID have counted.
 
     Requests of the kernel by kind, where their answers came from, what was copied, and how long requests kept others
     waiting. Asking costs the mount nothing.
     """
+    if bool(ct_ids) == everything:
+        raise neither_or_both(ctx, everything=everything)
     if watch is not None and not watch >= LEAST_WATCH_S:
         raise UsageError(f"can't print every {watch:g} s", remedy=f"choose {LEAST_WATCH_S:g} s or more")
-    container = open_store(ctx).container(ct_id)
+    store = existing_store(ctx)
+    ask = _Mounted(store) if everything else _Named([store.container(ct_id) for ct_id in ct_ids])
+    single = len(ct_ids) == 1
     if watch is None:
-        now = container.stats()
+        found = ask()
         if wants_json(ctx):
-            print_json(_row(container, now))
+            print_json(_document(found, single=single))
         else:
-            show(now)
+            _show_all(found, {}, single=single)
         return
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
-        _watch(ctx, container, watch)
+        _watch(ctx, ask, watch, single=single)
 
 
-def _watch(ctx: click.Context, container: Container, every_s: float) -> None:
-    before: Statistics | None = None
-    for now in _snapshots(container, every_s):
+Found = dict[str, "Statistics"]
+"""What was counted, by container."""
+
+
+class _Named:
+    """Asks containers that must be mounted."""
+
+    def __init__(self, containers: Sequence[Container]) -> None:
+        self._containers = containers
+
+    def __call__(self) -> Found:
+        return {container.ct: container.stats() for container in self._containers}
+
+
+class _Mounted:
+    """Asks all that are mounted at the time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __call__(self) -> Found:
+        found = {}
+        for container in self._store.containers():
+            with contextlib.suppress(NotMountedError, NotFoundError):
+                found[container.ct] = container.stats()
+        return found
+
+
+def _watch(ctx: click.Context, ask: Callable[[], Found], every_s: float, *, single: bool) -> None:
+    before: Found = {}
+    for found in _snapshots(ask, every_s):
         if wants_json(ctx):
-            click.echo(json.dumps(_row(container, now), ensure_ascii=False))
+            click.echo(json.dumps(_document(found, single=single), ensure_ascii=False))
         else:
             click.clear()  # only on a terminal
-            show(now, before)
+            _show_all(found, before, single=single)
             click.echo()
         sys.stdout.flush()
-        before = now
+        before = found
 
 
-def _snapshots(container: Container, every_s: float) -> Iterator[Statistics]:
+def _snapshots(ask: Callable[[], Found], every_s: float) -> Iterator[Found]:
     next_s = time.monotonic()
     while True:
-        yield container.stats()
+        yield ask()
         next_s = max(next_s + every_s, time.monotonic())
         time.sleep(max(0.0, next_s - time.monotonic()))
 
 
-def _row(container: Container, now: Statistics) -> dict[str, Any]:
-    return {"ct": container.ct, **plain(now)}
+def _document(found: Found, *, single: bool) -> Any:
+    """One container that was asked for is an object, several are an array of them."""
+    rows = [{"ct": ct, **plain(now)} for ct, now in found.items()]
+    return rows[0] if single else rows
+
+
+def _show_all(found: Found, before: Found, *, single: bool) -> None:
+    for number, (ct, now) in enumerate(found.items()):
+        if not single:
+            click.echo(("\n" if number else "") + f"container {printable(ct)}\n")
+        past = before.get(ct)
+        # It began to count anew when it was mounted anew.
+        show(now, past if past is not None and past.mounted_s < now.mounted_s else None)
 
 
 def show(now: Statistics, before: Statistics | None = None) -> None:

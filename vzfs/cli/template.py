@@ -9,7 +9,9 @@ import click
 
 from vzfs.cli.base import (
     Group,
+    complete_file,
     complete_template,
+    existing_store,
     json_option,
     open_store,
     template_argument,
@@ -43,7 +45,10 @@ def template() -> None:
             "with more packages",
         ),
         ("vzfs template create alma-9 --from /srv/roots/alma-9", "copy a directory"),
-        ("vzfs template create app --from app-root.tar.zst", "unpack an archive (tar, also with gzip, xz or zstd)"),
+        (
+            "vzfs template create app --from app-root.tar.zst",
+            "unpack an archive (tar; gzip, bzip2, xz or zstd)",
+        ),
         ("docker export app | vzfs template create app --from - --no-devices", "unpack standard input"),
     ],
 )
@@ -53,7 +58,8 @@ def template() -> None:
     "source",
     metavar="SOURCE",
     required=True,
-    help="A directory, a tar archive (plain, gzip, xz or zstd), '-' for an archive on standard input, "
+    shell_complete=complete_file,
+    help="A directory, a tar archive (plain, gzip, bzip2, xz or zstd), '-' for an archive on standard input, "
     "or debootstrap:SUITE.",
 )
 @click.option("--mirror", metavar="URL", help="Where debootstrap downloads from.")
@@ -115,7 +121,7 @@ def create(
 @click.pass_context
 def list_templates(ctx: click.Context) -> None:
     """List the templates of the store."""
-    infos = [found.info() for found in open_store(ctx).templates()]
+    infos = [found.info() for found in existing_store(ctx).templates()]
     if wants_json(ctx):
         print_json(infos)
         return
@@ -193,10 +199,18 @@ def verify(ctx: click.Context, name: str) -> None:
 
 @template.command(examples=[("vzfs template remove debian-11", "delete it; refused while a container uses it")])
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_template)
+@json_option
 @click.pass_context
 def remove(ctx: click.Context, names: tuple[str, ...]) -> None:
     """Delete templates that no container uses."""
     store = open_store(ctx)
-    for name in names:
-        store.template(name).remove()
-        click.echo(f"template {printable(name)} removed")
+    removed: list[dict[str, str]] = []
+    try:
+        for name in names:
+            store.template(name).remove()
+            removed.append({"name": name})
+            if not wants_json(ctx):
+                click.echo(f"template {printable(name)} removed")
+    finally:
+        if wants_json(ctx):
+            print_json(removed)

@@ -22,8 +22,11 @@ from pathlib import Path
 from types import FrameType
 
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
-from vzfs.fuse.mount import PASSTHROUGH_ABOVE, attach, detach, source_name, unmount_dead, vzfs_mount
+from vzfs.fuse.cgroup import leave_cgroup
+from vzfs.fuse.mount import PASSTHROUGH_ABOVE, attach, detach, source_name, unmount_dead
+from vzfs.fuse.passage import let_pass
 from vzfs.fuse.state import DURABLE, OPEN, State
+from vzfs.fuse.table import vzfs_mount
 from vzfs.store import sys
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.container import remember_user
@@ -56,6 +59,12 @@ class Order:
     busy_poll_us: int = 0
     passthrough_above: int = PASSTHROUGH_ABOVE
     """Bytes of a template's file above which the direct engine lets the kernel read it by itself."""
+    mkdir: bool = True
+    """Make the mount point where it is missing."""
+    userns_uid: int | None = None
+    """Make the folder around the mount point one that only root and this user can pass."""
+    cgroup: str = "keep"
+    """``auto`` to leave the caller's (``vzfs.fuse.cgroup``), or ``keep``."""
     device: int = -1
     """Descriptor of a mount that is there already, to be served from now on; and the state that goes with it."""
     state: int = -1
@@ -91,14 +100,19 @@ def serve(order: Order, report_fd: int = -1) -> None:
     layout = Layout.at(order.root)
     if order.engine not in ENGINES:
         raise UsageError(f"there is no engine {order.engine!r}", remedy=f"the engines are: {', '.join(ENGINES)}")
+    place = leave_cgroup() if order.cgroup == "auto" else ""
     holder = Holder(os.getpid(), "mounts", time.time(), str(mountpoint), order.engine, order.read_only)
     with contextlib.ExitStack() as ending:
         lock = Lock.acquire(container, holder) if order.lock < 0 else Lock(order.lock)
         ending.callback(lock.release)
         _set_up_log(order)
         resumed = order.device >= 0
+        made: list[Path] = []  # until the root is usable
         if not resumed:
-            _prepare_mountpoint(mountpoint)
+            ending.callback(_remove_empty, made)
+            if order.userns_uid is not None:
+                let_pass(mountpoint.parent, order.userns_uid)
+            _prepare_mountpoint(mountpoint, made, mkdir=order.mkdir)
         _set_up_process()
         template = _template_of(container)
         served = _adopt(order, mountpoint) if resumed else _mount(order, container, mountpoint)
@@ -111,7 +125,10 @@ def serve(order: Order, report_fd: int = -1) -> None:
 
         def ready() -> None:
             lock.describe(replace(holder, doing="serves"))
+            made.clear()
             log.info("serving %s at %s, engine %s", container, mountpoint, served.engine)
+            if order.cgroup == "auto":
+                log.info("cgroup: %s", place)
             report(report_fd, {})
 
         run(order, layout, served, ready)
@@ -122,6 +139,7 @@ ENGINES = ("auto", "direct", "pyfuse3")
 
 def _mount(order: Order, container: Path, mountpoint: Path) -> Served:
     """Mount, and find the engine that serves it."""
+    reason = ""
     if order.engine != "pyfuse3":
         served = _attach(order, container, mountpoint, "direct")
         try:
@@ -133,11 +151,25 @@ def _mount(order: Order, container: Path, mountpoint: Path) -> Served:
             served.end()
             if order.engine == "direct":
                 raise
+            reason = error.message
             log.info("engine pyfuse3, because %s", error.message)
         except BaseException:
             served.end()
             raise
+    _need_pyfuse3(reason)
     return _attach(order, container, mountpoint, "pyfuse3")
+
+
+def _need_pyfuse3(reason: str) -> None:
+    """Raise ``UnsupportedError`` if pyfuse3 can't run. ``reason``: why the direct engine can't, if it was tried."""
+    try:
+        import vzfs.fuse.portable  # noqa: F401
+    except ImportError as error:
+        but = f", and the direct one can't either: {reason}" if reason else ""
+        raise UnsupportedError(
+            f"the engine pyfuse3 can't run: {error}{but}",
+            remedy="install what is missing, see: vzfs doctor" + ("" if reason else "; or choose --engine direct"),
+        ) from error
 
 
 def _attach(order: Order, container: Path, mountpoint: Path, engine: str) -> Served:
@@ -250,10 +282,24 @@ def _raise_descriptor_limit() -> None:
             return
 
 
-def _prepare_mountpoint(mountpoint: Path) -> None:
+def _prepare_mountpoint(mountpoint: Path, made: list[Path], *, mkdir: bool) -> None:
+    """Take a dead mount away from it, and make it if it is missing; adds what was made to ``made``, outermost first."""
     unmount_dead(mountpoint)
+    entry = vzfs_mount(mountpoint)
+    if entry is not None:  # not to be looked into: its server may hang
+        raise UsageError(
+            f"can't mount at {mountpoint}: {entry.source} is mounted there",
+            remedy=f"unmount that with: vzfs umount {mountpoint}; or choose another directory",
+        )
     try:
-        mountpoint.mkdir(mode=OWN_FOLDER_MODE, parents=True, exist_ok=True)
+        if not mkdir and not mountpoint.exists():
+            raise UsageError(
+                f"can't mount at {mountpoint}: there is no such directory", remedy="make it, or add --mkdir"
+            )
+        for folder in [*reversed(mountpoint.parents), mountpoint]:
+            if not folder.exists():
+                folder.mkdir(mode=OWN_FOLDER_MODE if folder == mountpoint else 0o755, exist_ok=True)
+                made.append(folder)
         occupied = any(mountpoint.iterdir())
     except OSError as error:
         _refuse_full_disk(error, mountpoint)
@@ -262,6 +308,12 @@ def _prepare_mountpoint(mountpoint: Path) -> None:
         ) from error
     if os.path.ismount(mountpoint) or occupied:
         raise UsageError(f"can't mount at {mountpoint}: it is not empty", remedy="choose an empty directory")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in reversed(folders):
+            folder.rmdir()
 
 
 def _template_of(container: Path) -> str:

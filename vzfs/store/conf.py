@@ -16,6 +16,8 @@ OSTEMPLATE = "OSTEMPLATE"
 TEMPLATES = "TEMPLATES"
 VE_ROOT = "VE_ROOT"
 NAME = "NAME"
+USERNS_UID = "USERNS_UID"
+"""The user whom the root of the container's user namespace is mapped to; may pass to its mount point."""
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*?)\s*")

@@ -15,9 +15,9 @@ import stat
 import time
 from pathlib import Path
 
-from vzfs.errors import ExistsError, FullError, NotFoundError, UsageError
+from vzfs.errors import DamagedError, ExistsError, FullError, NotFoundError, UsageError
 from vzfs.store import sys
-from vzfs.store.conf import NAME, OSTEMPLATE, TEMPLATES, VE_ROOT, Conf
+from vzfs.store.conf import NAME, OSTEMPLATE, TEMPLATES, USERNS_UID, VE_ROOT, Conf
 from vzfs.store.layout import CONF, COW, DUMP, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
 from vzfs.store.lock import Holder, Lock, make_lock
 from vzfs.store.opened import OpenTemplate
@@ -25,6 +25,8 @@ from vzfs.store.opened import OpenTemplate
 CtId = int | str | os.PathLike[str]
 """What names a container: its number, its path (anything with a ``/``), or the ``NAME`` in its conf."""
 
+NO_UID = (1 << 32) - 1
+"""What says "no user" where a uid is expected (chown(2))."""
 _NUMBER = re.compile(r"[1-9][0-9]{0,9}")
 _WORK_PREFIXES = (".new-", ".old-")
 _ABANDONED_S = 3600.0
@@ -40,17 +42,36 @@ def container_path(layout: Layout, ct: CtId) -> Path:
         return layout.containers / text
     if not text or text.isdigit() or text.startswith((".", "-")):
         raise UsageError(f"{text!r} can't name a container", remedy="give a number such as 101, a path, or a NAME")
-    for path in container_paths(layout):
-        with contextlib.suppress(FileNotFoundError):
-            if path.name == text or Conf.load(path / CONF).get(NAME) == text:
-                return path
-    raise NotFoundError(f"no container in {layout.root} has the NAME {text!r}", remedy="vzfs list shows them all")
+    found = named_containers(layout, text)
+    if len(found) > 1:
+        raise UsageError(
+            f"{len(found)} containers have the NAME {text!r}: {', '.join(map(str, found))}",
+            remedy="say which by its number or path, and give one another NAME in its conf",
+        )
+    if not found:
+        raise NotFoundError(f"no container in {layout.root} has the NAME {text!r}", remedy="vzfs list shows them all")
+    return found[0]
+
+
+def named_containers(layout: Layout, name: str) -> list[Path]:
+    """The containers that the store knows by the ``NAME`` ``name``, those elsewhere among them."""
+    found = []
+    for path in known_containers(layout):
+        with contextlib.suppress(OSError, DamagedError):  # of one that is damaged or removed nobody knows its NAME
+            if (path.name == name and path.parent == layout.containers) or Conf.load(path / CONF).get(NAME) == name:
+                found.append(path)
+    return found
 
 
 def existing_container(layout: Layout, ct: CtId) -> Path:
     """Where the container ``ct`` lies. Raises ``NotFoundError`` when nothing there is a container."""
     path = container_path(layout, ct)
     if not (path / CONF).is_file() or not (path / PRIVATE_AREA).is_dir():
+        if os.path.lexists(path):
+            raise NotFoundError(
+                f"what is at {path} is no container: it lacks {CONF} or {PRIVATE_AREA}",
+                remedy="see what it is, and move it away or remove it by hand",
+            )
         raise NotFoundError(
             f"there is no container at {path}",
             remedy=f"make it with: vzfs create {ct} --template NAME; vzfs list shows all",
@@ -71,6 +92,18 @@ def container_paths(layout: Layout) -> list[Path]:
     )
 
 
+def known_containers(layout: Layout) -> list[Path]:
+    """The containers in the store's own folder, then those elsewhere that were made or mounted with this store."""
+    found = container_paths(layout)
+    with contextlib.suppress(FileNotFoundError):
+        for template in sorted(os.listdir(layout.templates_meta)):
+            folder = layout.templates_meta / template / "users"
+            with contextlib.suppress(OSError):
+                paths = sorted(Path(os.readlink(folder / link)) for link in os.listdir(folder))
+                found += [path for path in paths if path not in found and (path / CONF).is_file()]
+    return found
+
+
 def create_container(
     layout: Layout,
     ct: CtId,
@@ -78,14 +111,23 @@ def create_container(
     *,
     name: str | None = None,
     mountpoint: str | os.PathLike[str] | None = None,
+    userns_uid: int | None = None,
 ) -> Path:
-    """Make the container ``ct`` from ``template``; ``name`` and ``mountpoint`` go into its conf.
+    """Make the container ``ct`` from ``template``; ``name``, ``mountpoint`` and ``userns_uid`` go into its conf.
+
+    So does a mount point of its own if the one that it would have is that of another container of the same last name.
 
     Raises ``ExistsError``, ``NotFoundError`` (no such template), ``UsageError``, ``FullError``.
     """
     path = _free_path(layout, ct)
     if name is not None:
         _check_name(layout, name)
+    if mountpoint is not None and not os.fspath(mountpoint):
+        raise UsageError("an empty path is no mount point", remedy="give a directory, or leave it out")
+    if userns_uid is not None and not 0 < userns_uid < NO_UID:
+        raise UsageError(f"{userns_uid} is no user", remedy="give the uid that the container's root is mapped to")
+    if mountpoint is None and userns_uid is None and any(other.name == path.name for other in known_containers(layout)):
+        mountpoint = layout.mounts / f"{path.name}-{_mark(path)}"
     layout.make()
     _clear_work_folders(layout)
     opened = OpenTemplate(layout, template)
@@ -93,7 +135,9 @@ def create_container(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged.mkdir(mode=OWN_FOLDER_MODE)
-        _fill(staged, opened, name, mountpoint)
+        settings = {NAME: name, VE_ROOT: os.path.abspath(mountpoint) if mountpoint is not None else None}
+        settings[USERNS_UID] = None if userns_uid is None else str(userns_uid)
+        _fill(staged, opened, settings)
         _appear(staged, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -114,6 +158,11 @@ def _free_path(layout: Layout, ct: CtId) -> Path:
         )
     path = container_path(layout, ct)
     if os.path.lexists(path):
+        if not (path / CONF).is_file():
+            raise ExistsError(
+                f"{path} exists already, and is no container",
+                remedy="choose another, or move that away",
+            )
         raise ExistsError(f"{path} exists already", remedy=f"choose another, or remove it with: vzfs destroy {text}")
     return path
 
@@ -127,7 +176,7 @@ def _check_name(layout: Layout, name: str) -> None:
         raise ExistsError(f"{container_path(layout, name)} has the NAME {name!r} already", remedy="choose another")
 
 
-def _fill(folder: Path, template: OpenTemplate, name: str | None, mountpoint: str | os.PathLike[str] | None) -> None:
+def _fill(folder: Path, template: OpenTemplate, settings: dict[str, str | None]) -> None:
     (folder / COW).mkdir(mode=OWN_FOLDER_MODE)
     (folder / DUMP).mkdir(mode=OWN_FOLDER_MODE)
     area = folder / PRIVATE_AREA
@@ -140,10 +189,9 @@ def _fill(folder: Path, template: OpenTemplate, name: str | None, mountpoint: st
     conf = Conf(folder / CONF)
     conf.set(OSTEMPLATE, template.name)
     conf.set(TEMPLATES, template.name)
-    if name is not None:
-        conf.set(NAME, name)
-    if mountpoint is not None:
-        conf.set(VE_ROOT, os.path.abspath(mountpoint))
+    for key, value in settings.items():
+        if value is not None:
+            conf.set(key, value)
     (folder / CONF).write_text(conf.text())
     make_lock(folder)
 
@@ -169,8 +217,9 @@ def destroy_container(layout: Layout, path: Path) -> None:
         _remove(doomed)
     finally:
         lock.release()
-    with contextlib.suppress(OSError):
-        (layout.mounts / path.name).rmdir()
+    for folder in (layout.mounts / path.name, layout.userns / path.name / "root", layout.userns / path.name):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _remove(path: Path) -> None:
@@ -226,6 +275,11 @@ def forget_user(layout: Layout, template: str, path: Path) -> None:
 
 def _user_link(layout: Layout, template: str, path: Path) -> Path:
     return layout.template(template).meta / "users" / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+
+
+def _mark(path: Path) -> str:
+    """A few characters by which ``path`` differs from others."""
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
 
 
 def is_directory(path: Path) -> bool:

@@ -16,8 +16,8 @@ class FaultPoints:
     """Counts steps down to the one at which the process kills itself."""
 
     def __init__(self, setting: str) -> None:
-        self._name, _, count = setting.partition(":")
-        self._left = int(count or 1) if self._name else 0
+        name, _, count = setting.rpartition(":")  # names have colons in them, too
+        self._name, self._left = (name, int(count)) if name and count.isdecimal() else (setting, 1 if setting else 0)
 
     def step(self, name: str) -> None:
         """Pass the step ``name``: die here with SIGKILL if it is the chosen one."""

@@ -73,7 +73,9 @@ class Layout:
 
     @staticmethod
     def at(root: str | os.PathLike[str] | None) -> Layout:
-        """The store at ``root``, else at ``$VZFS_ROOT``, else at ``/vz``."""
+        """The store at ``root``, else at ``$VZFS_ROOT``, else at ``/vz``. Raises ``UsageError`` for "" as ``root``."""
+        if root is not None and not os.fspath(root):
+            raise UsageError("an empty path is no store", remedy="give a directory, or leave it out")
         return Layout(Path(root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).absolute())
 
     @property
@@ -91,6 +93,16 @@ class Layout:
     @property
     def mounts(self) -> Path:
         return self.root / "root"
+
+    @property
+    def userns(self) -> Path:
+        """Where the roots are mounted that a runtime with a user namespace reaches: ``<CT_ID>/root`` below."""
+        return self.root / "userns"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether this is a store: a directory that has one of a store's folders."""
+        return self.templates.is_dir() or self.containers.is_dir()
 
     def template(self, name: str) -> TemplatePaths:
         """Where the template ``name`` lies; raises ``UsageError`` for a name that no template can have."""

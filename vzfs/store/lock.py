@@ -123,9 +123,26 @@ def read_holder(container: Path) -> Holder | None:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
-        with contextlib.suppress(ValueError, TypeError):
-            # The first line only: behind a shorter one that was just written lies the rest of a longer one.
-            return Holder(**json.loads(os.pread(fd, 65536, 0).partition(b"\n")[0]))
-        return Holder(0, "holds", 0.0)
+        return _told(fd) or Holder(0, "holds", 0.0)
     finally:
         os.close(fd)
+
+
+def last_holder(container: Path) -> Holder | None:
+    """Who holds the container's lock, or held it when it died without releasing it; ``None`` if nobody did."""
+    try:
+        fd = os.open(container / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return _told(fd)
+    finally:
+        os.close(fd)
+
+
+def _told(fd: int) -> Holder | None:
+    """The holder that the lock's text names, if it is one."""
+    with contextlib.suppress(ValueError, TypeError):
+        # The first line only: behind a shorter one that was just written lies the rest of a longer one.
+        return Holder(**json.loads(os.pread(fd, 65536, 0).partition(b"\n")[0]))
+    return None

@@ -40,7 +40,9 @@ CAP_SYS_RESOURCE = 24  # <linux/capability.h>
 _CAPABILITY_VERSION_3 = 0x20080522
 _AT_FDCWD = -100  # <linux/fcntl.h>
 _AT_SYMLINK_NOFOLLOW = 0x100
+_AT_NO_AUTOMOUNT = 0x800
 _AT_EMPTY_PATH = 0x1000
+_AT_STATX_DONT_SYNC = 0x4000
 _OPEN_TREE_CLONE = 1  # <linux/mount.h>
 MOUNT_RDONLY = 0x1
 MOUNT_NOSUID = 0x2
@@ -49,6 +51,8 @@ _MOUNT_ATTR_ATIME = 0x70  # the mask of all that say when access times are writt
 _STATX_BTIME = 0x800  # <linux/stat.h>
 _STATX_SIZE = 256
 _STATX_BTIME_AT = 80
+_STATX_DEVICE_AT = 136
+CLONE_NEWNS = 0x00020000  # <linux/sched.h>
 _DIRENT64 = struct.Struct("=QqHB")  # <linux/dirent.h>, without the name
 
 ACCESS_ACL, DEFAULT_ACL = ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
@@ -227,6 +231,26 @@ def generation_of(dir_fd: int, name: bytes) -> int:
         return 0
     seconds, nanoseconds = struct.unpack_from("=qI", buffer, _STATX_BTIME_AT)
     return int(1 + (seconds * 1_000_000_000 + nanoseconds) % 0x7FFFFFFE)
+
+
+def device_of(path: str | bytes) -> str:
+    """``major:minor``, as the mount table has it, of the file system that holds what ``path`` leads to (statx(2)).
+
+    That file system isn't asked (AT_STATX_DONT_SYNC), so this doesn't wait for a FUSE server that hangs.
+
+    Raises ``OSError``.
+    """
+    name = os.fsencode(path)
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    flags = _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT
+    _check(_libc.statx(_AT_FDCWD, ctypes.c_char_p(name), flags, 0, buffer), name)
+    major, minor = struct.unpack_from("=II", buffer, _STATX_DEVICE_AT)
+    return f"{major}:{minor}"
+
+
+def enter_mounts(fd: int) -> None:
+    """Go over to the mount namespace ``fd``, and to its root directory (setns(2)); this process has one thread only."""
+    _check(_libc.setns(fd, CLONE_NEWNS))
 
 
 def get_file_flags(fd: int) -> int:

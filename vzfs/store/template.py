@@ -23,8 +23,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import xattr  # type: ignore[import-untyped]
-
 from vzfs.errors import BusyError, ExistsError, FullError, SourceError
 from vzfs.store import sys
 from vzfs.store.index import (
@@ -275,8 +273,8 @@ def _digest(dir_fd: int, name: bytes) -> bytes:
 def _read_xattrs(path: bytes, *, symlink: bool = True) -> dict[str, bytes]:
     """All extended attributes of the entry at ``path`` but the store's own; ``symlink`` false follows a link there."""
     return {
-        name: xattr.getxattr(path, name, symlink=symlink)
-        for name in xattr.listxattr(path, symlink=symlink)
+        name: os.getxattr(path, name, follow_symlinks=not symlink)
+        for name in os.listxattr(path, follow_symlinks=not symlink)  # any bytes, which the xattr package can't read
         if not name.startswith(RESERVED_PREFIX)
     }
 

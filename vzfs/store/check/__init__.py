@@ -8,6 +8,7 @@ container's folder, as it is; only what was staged or unlinked when a mount died
     missing            a folder of the store's own. Made.
     mode               such a folder with another mode or owner. Set.
     template           conf names none, or one is not in the store. Not mended; links to it are left alone then.
+    name               another container has the same NAME. Not mended.
     malformed          a magic link, or the name or form of a link group's record. To lost+found.
     dangling           a magic link, or such a record, of a template entry that doesn't exist. To lost+found.
     alias              a magic link to what is elsewhere, too. Directory: to lost+found. File: made a hard link.
@@ -31,6 +32,7 @@ from vzfs.store.check.finding import LOST_AND_FOUND, Finding, Report, mend
 from vzfs.store.check.folders import check_conf, check_folders, check_remains
 from vzfs.store.check.ground import Ground
 from vzfs.store.check.groups import check_records, check_unrecorded
+from vzfs.store.check.names import check_name
 from vzfs.store.check.places import NameChecker, check_places
 from vzfs.store.layout import Layout
 from vzfs.store.lock import Holder, Lock
@@ -51,9 +53,12 @@ def check_container(layout: Layout, path: Path, *, repair: bool = False) -> list
         stack.callback(lock.release)
         ground = Ground(layout, path)
         stack.callback(ground.close)
+        names = Report()
+        check_name(layout, ground, names)
+        unmended = [Problem(finding.path, finding.kind, finding.detail) for finding in names.findings]
         if repair:
-            return _repair(ground)
-        return [Problem(finding.path, finding.kind, finding.detail) for finding in _examine(ground)]
+            return unmended + _repair(ground)
+        return unmended + [Problem(finding.path, finding.kind, finding.detail) for finding in _examine(ground)]
 
 
 def _repair(ground: Ground) -> list[Problem]:

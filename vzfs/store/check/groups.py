@@ -7,6 +7,8 @@ import secrets
 import stat
 from collections.abc import Callable
 
+import xattr  # type: ignore[import-untyped]
+
 from vzfs.store import magic, sys
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
@@ -146,18 +148,18 @@ def is_record(value: bytes) -> bool:
 
 
 def _forget_attributes(links_fd: int, key: bytes) -> str:
-    os.removexattr(sys.entry_path(links_fd, key), ATTR_XATTR, follow_symlinks=False)
+    xattr.removexattr(sys.entry_path(links_fd, key), ATTR_XATTR, symlink=True)
     return "removed"
 
 
 def _forget_split(links_fd: int, key: bytes) -> str:
-    os.removexattr(sys.entry_path(links_fd, key), SPLIT_XATTR, follow_symlinks=False)
+    xattr.removexattr(sys.entry_path(links_fd, key), SPLIT_XATTR, symlink=True)
     return "removed"
 
 
 def _note_count(names: int) -> Callable[[int, bytes], str]:
     def work(links_fd: int, key: bytes) -> str:
-        os.setxattr(sys.entry_path(links_fd, key), NLINK_XATTR, b"%d" % names, follow_symlinks=False)
+        xattr.setxattr(sys.entry_path(links_fd, key), NLINK_XATTR, b"%d" % names, symlink=True)
         return "set"
 
     return work
@@ -173,8 +175,8 @@ def make_record(ground: Ground, template: OpenTemplate, entry: int, links: list[
         os.symlink(template.link_text(entry), staged, dir_fd=stage_fd)
         path = sys.entry_path(stage_fd, staged)
         for name, value in _carried(ground, links).items():
-            os.setxattr(path, name, value, follow_symlinks=False)
-        os.setxattr(path, NLINK_XATTR, b"%d" % names, follow_symlinks=False)
+            os.setxattr(path, name, value, follow_symlinks=False)  # any bytes
+        xattr.setxattr(path, NLINK_XATTR, b"%d" % names, symlink=True)
         sys.renameat2(stage_fd, staged, links_fd, template.group_key(entry), sys.RENAME_NOREPLACE)
     except BaseException:
         sys.remove_tree(stage_fd, staged)

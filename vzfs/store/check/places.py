@@ -7,6 +7,8 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import xattr  # type: ignore[import-untyped]
+
 from vzfs.store import magic, sys
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
@@ -109,14 +111,14 @@ def folder_path(folder: Folder) -> bytes:
 
 def _remove_xattr(name: str) -> Callable[[int, bytes], str]:
     def work(dir_fd: int, entry: bytes) -> str:
-        os.removexattr(sys.entry_path(dir_fd, entry), name, follow_symlinks=False)
+        os.removexattr(sys.entry_path(dir_fd, entry), name, follow_symlinks=False)  # any bytes
         return "removed"
 
     return work
 
 
 def _mark(dir_fd: int, name: bytes) -> str:
-    os.setxattr(sys.entry_path(dir_fd, name), FOLDS_XATTR, b"1", follow_symlinks=False)
+    xattr.setxattr(sys.entry_path(dir_fd, name), FOLDS_XATTR, b"1", symlink=True)
     return "set"
 
 

@@ -19,7 +19,7 @@ from vzfs.store.progress import Progress
 from vzfs.store.sources import acl
 from vzfs.store.sources.attributes import ACL_ACCESS, ACL_DEFAULT, Attributes, is_known, is_reserved
 from vzfs.store.sources.compression import decompressed
-from vzfs.store.sources.errors import entry_error, refused
+from vzfs.store.sources.errors import entry_error, refused, shown
 from vzfs.store.sources.options import SourceOptions
 from vzfs.store.sources.sink import Sink, split
 from vzfs.store.sources.tar import Kind, Member, TarReader
@@ -147,7 +147,7 @@ def _xattrs(member: Member, owners: Owners) -> dict[bytes, bytes]:
         elif keyword.startswith(_XATTR):
             name = _unescaped(keyword[len(_XATTR) :])
             if not is_known(name):
-                raise refused(member.name, f"an extended attribute of the unknown kind {name[:80]!r}")
+                raise refused(member.name, f"an extended attribute of the unknown kind {shown(name)}")
             if is_reserved(name):
                 _log.info("left out extended attribute %r of %r", name, member.name)
             else:

@@ -16,7 +16,7 @@ from typing import TypeVar
 from vzfs.store import sys
 from vzfs.store.sources import attributes as attrs
 from vzfs.store.sources.attributes import Attributes
-from vzfs.store.sources.errors import entry_error, refused
+from vzfs.store.sources.errors import entry_error, refused, shown
 
 NAME_MAX = 255
 """Bytes of one component (<linux/limits.h>)."""
@@ -35,13 +35,14 @@ def split(name: bytes, what: bytes) -> Parts:
     """The components of a member's name; ``()`` is the root. The ``SourceError`` for a hostile one names ``what``."""
     if not name:
         raise refused(what, "an empty name")
+    other = "" if name == what else f" {shown(name)}"  # a link's target
     if name.startswith(b"/"):
-        raise refused(what, f"an absolute name {name[:80]!r}", remedy="make the archive with relative names")
+        raise refused(what, f"an absolute name{other}", remedy="make the archive with relative names")
     if b"\0" in name:
         raise refused(what, "a name with a NUL byte in it")
     parts = tuple(part for part in name.split(b"/") if part not in (b"", b"."))
     if b".." in parts:
-        raise refused(what, f"'..' in the name {name[:80]!r}")
+        raise refused(what, f"'..' in the name{other}")
     if any(len(part) > NAME_MAX for part in parts):
         raise refused(what, f"a name component of more than {NAME_MAX} bytes")
     return parts

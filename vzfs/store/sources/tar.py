@@ -299,7 +299,7 @@ class TarReader:
         self._name = name or b"(no name)"
         kind = _KINDS.get(header.kind)
         if kind is None:
-            raise refused(self._name, f"a member of the unknown type {header.kind!r}")
+            raise refused(self._name, f"a member of the unknown type {shown(header.kind)}")
         if header.kind == b"\0" and name.endswith(b"/"):
             kind = Kind.DIRECTORY  # how tar wrote directories in 1979
         stored = self._decimal(records, b"size", header.size)
