@@ -50,6 +50,7 @@ class FakeStatus:
     flags: tuple[str, ...] | None = None
     passthrough: bool | None = None
     max_write: int | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ class FakeInfo:
     ino_base: int = 1 << 32
     index_size: int = 4096
     used_by: list[str] = field(default_factory=lambda: ["101"])
+    digest: str | None = None
+    problem: str | None = None
 
 
 @dataclass
@@ -96,6 +99,9 @@ class FakeContainer:
     @property
     def conf(self) -> dict[str, str]:
         return {"NAME": "web" if self.alias == "101" else ""}
+
+    def is_served(self) -> bool:
+        return self.is_mounted
 
     def status(self) -> FakeStatus:
         where = f"/store/root/{self.alias}" if self.is_mounted else None
@@ -144,6 +150,9 @@ class FakeTemplate:
 
     def info(self) -> FakeInfo:
         return FakeInfo(self.name)
+
+    def summary(self) -> FakeInfo:
+        return self.info()
 
     def dump(self) -> Iterator[str]:
         yield from self.lines

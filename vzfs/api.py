@@ -22,21 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzfs.errors import NotMountedError, UnsupportedError, UsageError
+from vzfs.errors import BusyError, DamagedError, NotFoundError, NotMountedError, UnsupportedError, UsageError
 from vzfs.fuse import mount as mounts
 from vzfs.store.conf import OSTEMPLATE, VE_ROOT, Conf
-from vzfs.store.container import (
-    CtId,
-    container_paths,
-    create_container,
-    destroy_container,
-    existing_container,
-    template_users,
-)
-from vzfs.store.layout import CONF, Layout
+from vzfs.store.container import CtId, create_container, destroy_container, existing_container
+from vzfs.store.layout import CONF, LOG, Layout
 from vzfs.store.lock import Holder, read_holder
+from vzfs.store.magic import valid_template_name
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
+from vzfs.store.shape import container_paths, faults, is_container
+from vzfs.store.users import template_users
 
 if TYPE_CHECKING:
     from vzfs.fuse.state import Agreed, State, Statistics
@@ -57,6 +53,9 @@ class Status:
     What the engine agreed upon with the kernel: the FUSE ``protocol``, for example ``7.45``, the names of its
     ``flags``, whether the kernel reads and writes files by itself (``passthrough``), and ``max_write`` in bytes. They
     are ``None`` where that isn't known: libfuse, below the pyfuse3 engine, doesn't tell.
+
+    ``problem`` says what is wrong with the container's own files at first sight, ``None``: nothing. What they would
+    have told is then empty or ``None``; ``check`` looks closer.
     """
 
     ct: str
@@ -72,6 +71,7 @@ class Status:
     flags: tuple[str, ...] | None = None
     passthrough: bool | None = None
     max_write: int | None = None
+    problem: str | None = None
 
 
 class Store:
@@ -107,10 +107,10 @@ class Store:
         return [Template(self, name) for name in template_names(self.layout)]
 
     def template(self, name: str) -> Template:
-        """The template ``name``. Raises ``NotFoundError``."""
-        from vzfs.store.opened import open_index
+        """The template ``name``, sound or damaged. Raises ``NotFoundError``."""
+        from vzfs.store.opened import template_paths
 
-        open_index(self.layout, name)
+        template_paths(self.layout, name)
         return Template(self, name)
 
     def create(
@@ -150,10 +150,20 @@ class Template:
         return [Container(self.store, path) for path in template_users(self.store.layout, self.name)]
 
     def info(self) -> TemplateInfo:
-        """Its figures."""
+        """Its figures. Raises ``DamagedError`` when its index can't be used."""
         from vzfs.store.template import template_info
 
         return template_info(self.store.layout, self.name, [container.ct for container in self.users()])
+
+    def summary(self) -> TemplateInfo:
+        """Its figures as far as they can be told, so that one damaged template keeps nobody from seeing the others."""
+        from vzfs.store.template import damaged_info
+
+        try:
+            return self.info()
+        except DamagedError as error:
+            used_by = [container.ct for container in self.users()]
+            return damaged_info(self.store.layout, self.name, used_by, error.message)
 
     def dump(self) -> Iterator[str]:
         """Its index as lines of text."""
@@ -269,7 +279,7 @@ class Container:
             "read_only": read_only,
             "sync": sync,
             "busy_poll_us": busy_poll_us,
-            "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / "vzfs.log"),
+            "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / LOG),
         }
 
     def umount(self, *, lazy: bool = False, timeout: float = 10.0) -> None:
@@ -293,14 +303,33 @@ class Container:
             with contextlib.suppress(NotMountedError):
                 self.umount()
 
-    def status(self) -> Status:
-        """What it is doing now."""
+    def is_served(self) -> bool:
+        """Whether it is mounted now. Raises ``DamagedError`` when its lock can't tell."""
         holder = read_holder(self.path)
+        return holder is not None and holder.doing == "serves"
+
+    def status(self) -> Status:
+        """What it is doing now, also of a damaged one. Raises ``NotFoundError`` when it was removed meanwhile."""
+        found = faults(self.path)
+        template, holder = "", None
+        try:
+            template = self.conf.get(OSTEMPLATE)
+            if not valid_template_name(template):
+                found.append(f"its conf names no template: {OSTEMPLATE} is {template!r}")
+        except (DamagedError, OSError) as error:
+            self._refuse_removed()
+            if not found:
+                found.append(f"its conf can't be read: {_reason(error)}")
+        try:
+            holder = read_holder(self.path)
+        except (DamagedError, OSError) as error:
+            if not found:
+                found.append(f"its lock can't be read: {_reason(error)}")
         agreed = _agreed(holder)
         return Status(
             ct=self.ct,
             path=str(self.path),
-            template=self.conf.get(OSTEMPLATE),
+            template=template,
             mounted=holder is not None and holder.doing == "serves",
             mountpoint=holder.mountpoint if holder else None,
             pid=holder.pid if holder else None,
@@ -311,7 +340,12 @@ class Container:
             flags=agreed.flags if agreed else None,
             passthrough=agreed.passthrough if agreed else _without_passthrough(holder),
             max_write=agreed.max_write if agreed else None,
+            problem="; ".join(found) or None,
         )
+
+    def _refuse_removed(self) -> None:
+        if not is_container(self.store.layout, self.path):
+            raise NotFoundError(f"there is no container at {self.path}", remedy="vzfs list shows all")
 
     def stats(self) -> Statistics:
         """What its mount has counted so far; asking disturbs nobody. Subtract two for what happened in between.
@@ -352,9 +386,27 @@ class Container:
         return check_container(self.store.layout, self.path, repair=repair)
 
     def destroy(self) -> None:
-        """Remove it and all its data. Raises ``BusyError`` while it is mounted."""
+        """Remove it and all its data, damaged or not. Raises ``BusyError`` while it is mounted."""
         _need_root()
+        try:
+            read_holder(self.path)
+        except DamagedError:
+            self._refuse_mounted()
         destroy_container(self.store.layout, self.path)
+
+    def _refuse_mounted(self) -> None:
+        """Raise ``BusyError`` if it is mounted where it usually is: for a container that has no lock to tell."""
+        try:
+            place = self.mountpoint
+        except (DamagedError, OSError):
+            place = self.store.layout.mounts / self.alias
+        entry = mounts.vzfs_mount(Path(os.path.realpath(place)))
+        if entry is not None and entry.source == mounts.source_name(self.path):
+            raise BusyError(f"container {self.path} is mounted at {place}", remedy=f"umount {place}")
+
+
+def _reason(error: DamagedError | OSError) -> str:
+    return error.message if isinstance(error, DamagedError) else error.strerror or str(error)
 
 
 def _state_of(pid: int, fd: int) -> State:

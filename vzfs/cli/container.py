@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +32,7 @@ from vzfs.cli.show import (
     printable,
     size,
 )
-from vzfs.errors import UsageError, VzfsError
+from vzfs.errors import NotFoundError, UsageError, VzfsError
 
 if TYPE_CHECKING:
     from vzfs.api import Container, Status
@@ -66,11 +67,21 @@ def _named(ctx: click.Context, ct_ids: tuple[str, ...], everything: bool) -> lis
 
 
 def _name_of(container: Container) -> str:
-    return container.conf.get("NAME")
+    try:
+        return container.conf.get("NAME")
+    except (VzfsError, OSError):  # the status says what is wrong with it
+        return ""
 
 
 def _row(container: Container) -> dict[str, Any]:
     return {**plain(container.status()), "name": _name_of(container) or None}
+
+
+def _present(containers: Iterable[Container]) -> Iterator[tuple[Container, Status]]:
+    """The containers and what they are doing, without those that somebody destroys meanwhile."""
+    for container in containers:
+        with contextlib.suppress(NotFoundError):
+            yield container, container.status()
 
 
 @click.command(
@@ -140,22 +151,13 @@ def destroy(ctx: click.Context, ct_ids: tuple[str, ...], yes: bool) -> None:
 @click.pass_context
 def list_containers(ctx: click.Context) -> None:
     """List the containers of the store."""
-    rows = [_row(container) for container in open_store(ctx).containers()]
+    found = [(one, _name_of(container)) for container, one in _present(open_store(ctx).containers())]
     if wants_json(ctx):
-        print_json(rows)
+        print_json([{**plain(one), "name": name or None} for one, name in found])
         return
     print_table(
         ("CT", "NAME", "TEMPLATE", "STATE", "MOUNTPOINT"),
-        [
-            (
-                str(row["ct"]),
-                dash(row["name"]),
-                dash(row["template"]),
-                "mounted" if row["mounted"] else "stopped",
-                dash(row["mountpoint"]),
-            )
-            for row in rows
-        ],
+        [(one.ct, dash(name), dash(one.template), _state(one), dash(one.mountpoint)) for one, name in found],
     )
 
 
@@ -176,7 +178,7 @@ def status(ctx: click.Context, ct_id: str | None) -> None:
     if ct_id is not None:
         _print_status(ctx, store.container(ct_id))
         return
-    found = [container.status() for container in store.containers()]
+    found = [one for _, one in _present(store.containers())]
     if wants_json(ctx):
         print_json(found)
         return
@@ -190,9 +192,10 @@ def status(ctx: click.Context, ct_id: str | None) -> None:
 
 
 def _state(one: Status) -> str:
-    if not one.mounted:
-        return "stopped"
-    return "mounted, read-only" if one.read_only else "mounted"
+    state = "mounted, read-only" if one.mounted and one.read_only else "mounted" if one.mounted else "stopped"
+    if one.problem is None:
+        return state
+    return f"{state}, damaged: {one.problem}" if one.mounted else f"damaged: {one.problem}"
 
 
 def _print_status(ctx: click.Context, container: Container) -> None:
@@ -305,10 +308,12 @@ def mount(
 @click.pass_context
 def umount(ctx: click.Context, ct_ids: tuple[str, ...], lazy: bool, everything: bool) -> None:
     """Unmount containers. Returns when their serving processes have written everything and ended."""
-    containers = _named(ctx, ct_ids, everything)
-    if everything:
-        containers = [container for container in containers if container.status().mounted]
-    _each(ctx, containers, lambda container: container.umount(lazy=lazy))
+
+    def action(container: Container) -> None:
+        if not everything or container.is_served():
+            container.umount(lazy=lazy)
+
+    _each(ctx, _named(ctx, ct_ids, everything), action)
 
 
 @click.command(

@@ -20,15 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.mount import attach, detach, source_name, unmount_dead, vzfs_mount
 from vzfs.fuse.state import BACKING, PINNED, State
 from vzfs.store.conf import OSTEMPLATE, Conf
-from vzfs.store.container import remember_user
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
 from vzfs.store.magic import valid_template_name
+from vzfs.store.ownfile import open_own
+from vzfs.store.users import remember_user
 from vzfs.tree.area import Sync
 from vzfs.tree.node import Readers
 from vzfs.tree.pins import Slots
@@ -202,7 +204,7 @@ def _set_up_log(order: Order) -> None:
         handler = logging.handlers.SysLogHandler(JOURNAL_SOCKET)
     else:
         try:
-            handler = logging.FileHandler(order.log)
+            handler = logging.StreamHandler(_open_log(order))
         except OSError as error:
             raise UsageError(
                 f"can't write the log {order.log}: {error.strerror}", remedy="choose another with --log"
@@ -211,6 +213,17 @@ def _set_up_log(order: Order) -> None:
     handler.setFormatter(logging.Formatter(f"{stamp}vzfs[%(process)d] {order.container}: %(levelname)s %(message)s"))
     handler.addFilter(_is_news)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _open_log(order: Order) -> TextIO:
+    """The log, to be appended to: in the container a file or nothing, elsewhere whatever the caller chose, too."""
+    path, flags = Path(order.log), os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    if path.parent == Path(order.container):
+        fd = open_own(path, flags, mode=0o644)
+    else:
+        # A FIFO that nobody reads is refused rather than waited for.
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+    return open(fd, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -10,12 +10,16 @@ import re
 import secrets
 from pathlib import Path
 
-from vzfs.errors import DamagedError, UsageError
+from vzfs.errors import UsageError
+from vzfs.store.ownfile import read_own
 
 OSTEMPLATE = "OSTEMPLATE"
 TEMPLATES = "TEMPLATES"
 VE_ROOT = "VE_ROOT"
 NAME = "NAME"
+
+SIZE_MAX = 1 << 20
+"""Bytes of a conf: a thousand times what one has."""
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*?)\s*")
@@ -31,17 +35,16 @@ class Conf:
 
     @staticmethod
     def load(path: Path) -> Conf:
-        """Read the file at ``path``; raises ``DamagedError`` when it is no text, ``FileNotFoundError``."""
-        try:
-            return Conf(path, path.read_bytes().decode("utf-8", "surrogateescape"))
-        except (IsADirectoryError, NotADirectoryError) as error:
-            raise DamagedError(
-                f"{path} is not a configuration file", remedy="put the container's conf there"
-            ) from error
+        """Read the file at ``path``; raises ``DamagedError`` when it can't be one, ``FileNotFoundError``."""
+        return Conf(path, read_own(path, SIZE_MAX).decode("utf-8", "surrogateescape"))
 
     def get(self, key: str, default: str = "") -> str:
         """Value of ``key``, the last line that sets it winning."""
         return self.as_dict().get(key, default)
+
+    def templates(self) -> list[str]:
+        """Names of the templates that the container may use, each once, that of its root first (``""``: not said)."""
+        return list(dict.fromkeys([self.get(OSTEMPLATE), *self.get(TEMPLATES).split()]))
 
     def as_dict(self) -> dict[str, str]:
         """All settings."""

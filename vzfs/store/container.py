@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import secrets
-import stat
 import time
 from pathlib import Path
 
-from vzfs.errors import ExistsError, FullError, NotFoundError, UsageError
+from vzfs.errors import DamagedError, ExistsError, FullError, NotFoundError, UsageError
 from vzfs.store import sys
 from vzfs.store.conf import NAME, OSTEMPLATE, TEMPLATES, VE_ROOT, Conf
 from vzfs.store.layout import CONF, COW, DUMP, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
 from vzfs.store.lock import Holder, Lock, make_lock
-from vzfs.store.opened import OpenTemplate
+from vzfs.store.opened import OpenTemplate, template_names
+from vzfs.store.shape import WORK_PREFIXES, container_paths, is_container
+from vzfs.store.users import forget_user, remember_user
 
 CtId = int | str | os.PathLike[str]
 """What names a container: its number, its path (anything with a ``/``), or the ``NAME`` in its conf."""
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,9}")
-_WORK_PREFIXES = (".new-", ".old-")
 _ABANDONED_S = 3600.0
 """Age in seconds from which a work folder counts as abandoned: one takes milliseconds to make, minutes to remove."""
 
@@ -41,7 +40,7 @@ def container_path(layout: Layout, ct: CtId) -> Path:
     if not text or text.isdigit() or text.startswith((".", "-")):
         raise UsageError(f"{text!r} can't name a container", remedy="give a number such as 101, a path, or a NAME")
     for path in container_paths(layout):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError, DamagedError):  # it must not keep the others from being found
             if path.name == text or Conf.load(path / CONF).get(NAME) == text:
                 return path
     raise NotFoundError(f"no container in {layout.root} has the NAME {text!r}", remedy="vzfs list shows them all")
@@ -50,25 +49,12 @@ def container_path(layout: Layout, ct: CtId) -> Path:
 def existing_container(layout: Layout, ct: CtId) -> Path:
     """Where the container ``ct`` lies. Raises ``NotFoundError`` when nothing there is a container."""
     path = container_path(layout, ct)
-    if not (path / CONF).is_file() or not (path / PRIVATE_AREA).is_dir():
+    if not is_container(layout, path):
         raise NotFoundError(
             f"there is no container at {path}",
             remedy=f"make it with: vzfs create {ct} --template NAME; vzfs list shows all",
         )
     return path
-
-
-def container_paths(layout: Layout) -> list[Path]:
-    """The containers in the store's own folder, numbers first and in their order."""
-    try:
-        names = os.listdir(layout.containers)
-    except FileNotFoundError:
-        return []
-    found = [layout.containers / name for name in names if not name.startswith(_WORK_PREFIXES)]
-    return sorted(
-        (path for path in found if (path / CONF).is_file()),
-        key=lambda path: (not path.name.isdecimal(), int(path.name) if path.name.isdecimal() else 0, path.name),
-    )
 
 
 def create_container(
@@ -160,15 +146,19 @@ def _appear(staged: Path, path: Path) -> None:
 
 def destroy_container(layout: Layout, path: Path) -> None:
     """Remove the container at ``path`` and all that is in it. Raises ``BusyError`` while it is mounted."""
-    lock = Lock.acquire(path, Holder(os.getpid(), "destroys", time.time()))
-    try:
-        template = Conf.load(path / CONF).get(OSTEMPLATE)
+    with contextlib.ExitStack() as held:
+        try:
+            held.callback(Lock.acquire(path, Holder(os.getpid(), "destroys", time.time())).release)
+        except DamagedError:
+            pass  # what is no file can't be held by anybody; the rename lets one of two destroyers win
         doomed = path.with_name(f".old-{path.name}-{secrets.token_hex(4)}")
-        os.rename(path, doomed)
-        forget_user(layout, template, path)
+        try:
+            os.rename(path, doomed)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"there is no container at {path}", remedy="vzfs list shows all") from error
+        for template in template_names(layout):  # its conf needn't be readable
+            forget_user(layout, template, path)
         _remove(doomed)
-    finally:
-        lock.release()
     with contextlib.suppress(OSError):
         (layout.mounts / path.name).rmdir()
 
@@ -186,51 +176,5 @@ def _clear_work_folders(layout: Layout) -> None:
     for name in os.listdir(layout.containers):
         path = layout.containers / name
         with contextlib.suppress(OSError):  # another process removes it as well
-            if name.startswith(_WORK_PREFIXES) and time.time() - path.lstat().st_ctime > _ABANDONED_S:
+            if name.startswith(WORK_PREFIXES) and time.time() - path.lstat().st_ctime > _ABANDONED_S:
                 _remove(path)
-
-
-# ------------------------------------------------------------------------------------------------- users of templates
-
-
-def template_users(layout: Layout, template: str) -> list[Path]:
-    """Containers that need ``template``, those elsewhere that were made or mounted with this store among them."""
-    candidates = container_paths(layout)
-    folder = layout.template(template).meta / "users"
-    with contextlib.suppress(FileNotFoundError):
-        candidates += sorted(Path(os.readlink(folder / link)) for link in os.listdir(folder))
-    users = []
-    for path in candidates:
-        with contextlib.suppress(OSError):
-            conf = Conf.load(path / CONF)
-            if template in (conf.get(OSTEMPLATE), *conf.get(TEMPLATES).split()):
-                users.append(path)
-    return users
-
-
-def remember_user(layout: Layout, template: str, path: Path) -> None:
-    """Note that the container at ``path``, if it lies outside the store's folder, needs ``template``."""
-    if path.parent == layout.containers:
-        return
-    link = _user_link(layout, template, path)
-    link.parent.mkdir(mode=OWN_FOLDER_MODE, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        link.symlink_to(path)
-
-
-def forget_user(layout: Layout, template: str, path: Path) -> None:
-    """The reverse of ``remember_user``."""
-    with contextlib.suppress(OSError, UsageError):
-        _user_link(layout, template, path).unlink()
-
-
-def _user_link(layout: Layout, template: str, path: Path) -> Path:
-    return layout.template(template).meta / "users" / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-
-
-def is_directory(path: Path) -> bool:
-    """Whether ``path`` is a directory itself, not a link to one."""
-    try:
-        return stat.S_ISDIR(path.lstat().st_mode)
-    except FileNotFoundError:
-        return False

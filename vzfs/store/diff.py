@@ -31,7 +31,7 @@ from vzfs.errors import DamagedError
 from vzfs.store import magic, sys
 from vzfs.store.conf import OSTEMPLATE, Conf
 from vzfs.store.index import Attributes, Index
-from vzfs.store.layout import CONF, COW, LINKS, RESERVED_PREFIX, Layout
+from vzfs.store.layout import CONF, RESERVED_PREFIX, Layout
 from vzfs.store.opened import OpenTemplate, open_index
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import read_own_xattrs, read_record
@@ -43,6 +43,7 @@ from vzfs.store.survey import (
     Templates,
     Thing,
     identify,
+    open_links,
     open_private_area,
     root_folder,
 )
@@ -103,21 +104,12 @@ def _changes(layout: Layout, path: Path, name: str, root_fd: int, *, content: bo
         assert template is not None
         survey = Survey(path, templates, template)
         survey.read(root_fd)
-        links_fd = _open_links(path)
+        links_fd = open_links(path)
         if links_fd >= 0:
             stack.callback(os.close, links_fd)
         differ = _Differ(template, survey, links_fd, content=content)
         stack.callback(differ.close)
         yield from differ.run(root_fd)
-
-
-def _open_links(path: Path) -> int:
-    try:
-        return os.open(
-            os.fsencode(path / COW) + b"/" + LINKS, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return -1
 
 
 # ------------------------------------------------------------------------------------------------------------- things

@@ -441,11 +441,27 @@ def open_private_area(container: Path) -> int:
         ) from error
 
 
-def _record_names(container: Path) -> set[bytes]:
+def open_links(container: Path) -> int:
+    """A descriptor of the container's ``cow/links``, -1 where there is no such folder."""
+    top = os.open(container, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return set(os.listdir(os.fsencode(container / COW) + b"/" + LINKS))
-    except (FileNotFoundError, NotADirectoryError):
+        return sys.openat2(top, COW.encode() + b"/" + LINKS, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # ELOOP: something is a symbolic link
+            return -1
+        raise
+    finally:
+        os.close(top)
+
+
+def _record_names(container: Path) -> set[bytes]:
+    fd = open_links(container)
+    if fd < 0:
         return set()
+    try:
+        return set(map(os.fsencode, os.listdir(fd)))
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ from vzfs.errors import DamagedError
 from vzfs.store import sys
 from vzfs.store.check.finding import LOST_AND_FOUND, Mend, Report
 from vzfs.store.check.ground import Ground
-from vzfs.store.conf import OSTEMPLATE, TEMPLATES, Conf
-from vzfs.store.layout import CONF, COW, DUMP, LINKS, ORPHANS, OWN_FOLDER_MODE, STAGE
+from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.layout import CONF, COW, DUMP, LAYERS, LINKS, LOG, ORPHANS, OWN_FOLDER_MODE, STAGE
+from vzfs.store.ownfile import kind_of
 
 _NEEDED = (COW, DUMP)
-_POSSIBLE = (*(f"{COW}/{name.decode()}" for name in (STAGE, LINKS, ORPHANS)), LOST_AND_FOUND)
+_POSSIBLE = (*(f"{COW}/{name.decode()}" for name in (STAGE, LINKS, ORPHANS)), LAYERS, LOST_AND_FOUND)
 """Folders that are made when they are needed."""
 
 
@@ -34,6 +35,14 @@ def check_folders(ground: Ground, report: Report) -> None:
             _check_mode(ground, report, name, info)
         else:
             report(name, "missing", "something that is no folder is in its place", _displace(ground, name))
+
+
+def check_log(ground: Ground, report: Report) -> None:
+    """The log, where there is one, is a file: what else has its name is never written to."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(LOG, dir_fd=ground.top_fd).st_mode
+        if not stat.S_ISREG(mode):
+            report(LOG, "malformed", f"is {kind_of(mode)}, not a file", _displace(ground, LOG))
 
 
 def _check_mode(ground: Ground, report: Report, name: str, info: os.stat_result) -> None:
@@ -88,7 +97,7 @@ def check_conf(ground: Ground, report: Report) -> list[str]:
     except DamagedError as error:
         report(CONF, "template", error.message, None)
         return []
-    names = list(dict.fromkeys([conf.get(OSTEMPLATE), *conf.get(TEMPLATES).split()]))
+    names = conf.templates()
     if not names[0]:
         report(CONF, "template", f"no line {OSTEMPLATE}=NAME", None)
         return []
