@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,8 +18,11 @@ from vzfs.cli.base import (
 )
 from vzfs.cli.failure import EXIT_PROBLEMS
 from vzfs.cli.progress import progress_bar
-from vzfs.cli.show import moment, plain, print_fields, print_json, print_table, printable, size
+from vzfs.cli.show import dash, moment, plain, print_fields, print_json, print_table, printable, size
 from vzfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from vzfs.store.template import TemplateInfo
 
 DEBOOTSTRAP_DEFAULT = "base"
 """Given as --variant: what debootstrap makes without one."""
@@ -115,17 +119,21 @@ def create(
 @click.pass_context
 def list_templates(ctx: click.Context) -> None:
     """List the templates of the store."""
-    infos = [found.info() for found in open_store(ctx).templates()]
+    infos = [found.summary() for found in open_store(ctx).templates()]
     if wants_json(ctx):
         print_json(infos)
         return
     print_table(
         ("NAME", "ENTRIES", "SIZE", "CREATED", "USED BY"),
-        [
-            (info.name, f"{info.entries:,}", size(info.size), moment(info.created), " ".join(info.used_by) or "-")
-            for info in infos
-        ],
+        [_row(info) for info in infos],
     )
+
+
+def _row(info: TemplateInfo) -> tuple[str, ...]:
+    users = " ".join(info.used_by) or "-"
+    if info.problem is not None:
+        return info.name, "-", "-", f"damaged: {info.problem}", users
+    return info.name, f"{info.entries:,}", size(info.size), moment(info.created), users
 
 
 @template.command(examples=[("vzfs template show debian-12", "all that is known of it")])
@@ -144,6 +152,7 @@ def show(ctx: click.Context, name: str) -> None:
             ("name", info.name),
             ("path", str(found.path)),
             ("source", info.source),
+            ("digest", dash(info.digest)),
             ("created", moment(info.created)),
             ("entries", f"{info.entries:,} ({info.files:,} files, {info.directories:,} directories)"),
             ("data", size(info.size)),
