@@ -25,10 +25,9 @@ from typing import TextIO
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.mount import attach, detach, source_name, unmount_dead, vzfs_mount
 from vzfs.fuse.state import BACKING, PINNED, State
-from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.granted import Granted
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
-from vzfs.store.magic import valid_template_name
 from vzfs.store.ownfile import open_own
 from vzfs.store.users import remember_user
 from vzfs.tree.area import Sync
@@ -96,14 +95,17 @@ def serve(order: Order, report_fd: int = -1) -> None:
         if not resumed:
             _prepare_mountpoint(mountpoint)
         _set_up_process()
-        template = _template_of(container)
+        granted = _granted(container, layout)
         served = _adopt(order, mountpoint) if resumed else _mount(order, container, mountpoint)
         ending.callback(log.info, "unmounted %s", mountpoint)
         ending.callback(served.end)
         holder = replace(holder, engine=served.engine, device=served.device, state=served.state.fd)
         lock.describe(holder)
         run = _run_direct if served.engine == "direct" else _run_portable
-        remember_user(layout, template, container)
+        for name in granted.names:
+            remember_user(layout, name, container)
+        if not order.read_only:
+            granted.note_digests()
 
         def ready() -> None:
             lock.describe(replace(holder, doing="serves"))
@@ -254,14 +256,17 @@ def _prepare_mountpoint(mountpoint: Path) -> None:
         raise UsageError(f"can't mount at {mountpoint}: it is not empty", remedy="choose an empty directory")
 
 
-def _template_of(container: Path) -> str:
-    name = Conf.load(container / CONF).get(OSTEMPLATE)
-    if not valid_template_name(name):
+def _granted(container: Path, layout: Layout) -> Granted:
+    """What the container may use; the template of its root is there and the right one."""
+    try:
+        granted = Granted(layout, container)
+    except FileNotFoundError as error:
         raise DamagedError(
-            f"{container / CONF} names no template: OSTEMPLATE is {name!r}",
-            remedy="set it to the one that the container was made from; vzfs template list shows all",
-        )
-    return name
+            f"container {container} is damaged: its {CONF} is missing",
+            remedy="bring it back from a backup, or destroy the container",
+        ) from error
+    granted.open(granted.os_template).close()
+    return granted
 
 
 def _open_tree(

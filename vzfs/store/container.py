@@ -126,6 +126,7 @@ def _fill(folder: Path, template: OpenTemplate, name: str | None, mountpoint: st
     conf = Conf(folder / CONF)
     conf.set(OSTEMPLATE, template.name)
     conf.set(TEMPLATES, template.name)
+    conf.set_digests({template.name: template.digest})
     if name is not None:
         conf.set(NAME, name)
     if mountpoint is not None:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vzfs.errors import DamagedError, VzfsError
 from vzfs.store import magic, sys
-from vzfs.store.layout import COW, LINKS, ORIGIN_XATTR, PRIVATE_AREA, Layout
+from vzfs.store.layout import COW, LINKS, ORIGIN_XATTR, PRIVATE_AREA
 from vzfs.store.opened import OpenTemplate
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
@@ -36,19 +36,22 @@ _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP)
 
 
 class Templates:
-    """The templates that a container's links name, each opened once; ``failures`` says why one could not be."""
+    """The templates that a container's links name, each opened once; ``failures`` says why one could not be.
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    ``load`` opens one, as ``Granted.open`` does.
+    """
+
+    def __init__(self, load: Callable[[str], OpenTemplate]) -> None:
+        self._load = load
         self._open: dict[str, OpenTemplate | None] = {}
         self.failures: dict[str, VzfsError] = {}
 
     def get(self, name: str) -> OpenTemplate | None:
-        """The template ``name``, ``None`` when it is missing or damaged."""
+        """The template ``name``, ``None`` when it is missing, damaged or not allowed."""
         if name not in self._open:
             self._open[name] = None
             try:
-                self._open[name] = OpenTemplate(self._layout, name)
+                self._open[name] = self._load(name)
             except VzfsError as error:
                 self.failures[name] = error
         return self._open[name]

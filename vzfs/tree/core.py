@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vzfs.store import sys
-from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.granted import Granted
 from vzfs.store.index import Attributes
-from vzfs.store.layout import CONF, Layout
-from vzfs.store.opened import OpenTemplate
+from vzfs.store.layout import Layout
 from vzfs.store.ownlink import read_own_link
 from vzfs.tree.area import PrivateArea, Sync, list_names
 from vzfs.tree.counters import Counters
@@ -83,7 +82,7 @@ class Core:
         changed: Callable[[int], None] | None = None,
         pins: Slots | None = None,
     ) -> None:
-        conf = Conf.load(container / CONF)
+        granted = Granted(layout, container)
         self.lock = threading.RLock()
         self._read_only = read_only
         self._busy: dict[int, threading.Event] = {}
@@ -99,8 +98,8 @@ class Core:
             self._nodes = Nodes(
                 self._area,
                 self._pins,
-                lambda name: OpenTemplate(layout, name),
-                conf.get(OSTEMPLATE),
+                granted.serve,
+                granted.os_template,
                 changed,
                 heed_splits=readers is Readers.KEEP,
             )

@@ -7,7 +7,8 @@ container's folder, as it is; only what was staged or unlinked when a mount died
     orphan             in ``cow/orphans``: unlinked, but in use when the mount died. Removed.
     missing            a folder of the store's own. Made.
     mode               such a folder with another mode or owner. Set.
-    template           conf names none, or one is not in the store. Not mended; links to it are left alone then.
+    template           conf names none, or one that is not in the store, is damaged or another one than conf says; or
+                       links name one that conf doesn't. Not mended; links to it are left alone then.
     malformed          a magic link, the name or form of a link group's record, a log that is no file. To lost+found.
     dangling           a magic link, or such a record, of a template entry that doesn't exist. To lost+found.
     alias              a magic link to what is elsewhere, too. Directory: to lost+found. File: made a hard link.
