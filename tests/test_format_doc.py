@@ -301,7 +301,7 @@ def printable(data: bytes) -> str:
 
 
 def content_line(page: PageIndex, number: int, paths: dict[int, str]) -> str:
-    ino, mode, _, uid, gid, rdev, size, _, _, _, mtime, _ = page.entry(number)["attributes"]
+    _, mode, _, uid, gid, rdev, size, _, _, _, mtime, _ = page.entry(number)["attributes"]
     line = f"{paths[number] or '/'} {mode:06o} uid={uid} gid={gid} mtime={mtime // 10**9}.{mtime % 10**9:09d}"
     if stat.S_ISREG(mode):
         line += f" size={size} sha256={page.blob(number).hex()}"

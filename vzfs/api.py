@@ -209,8 +209,16 @@ class Container:
 
     @property
     def mountpoint(self) -> Path:
-        """Where it is mounted if nothing else is said: ``VE_ROOT`` (``$VEID`` replaced), else the store's ``root``."""
+        """Where it is mounted if nothing else is said: ``VE_ROOT`` (``$VEID`` replaced), else the store's ``root``.
+
+        Raises ``UsageError`` for a relative ``VE_ROOT``.
+        """
         configured = self.conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
+        if configured and not os.path.isabs(configured):
+            raise UsageError(
+                f"{self.path / CONF} says to mount at {configured!r}, relative to nothing",
+                remedy=f"write the whole path there: {VE_ROOT}=/…",
+            )
         return Path(configured) if configured else self.store.layout.mounts / self.alias
 
     def mount(
@@ -398,7 +406,7 @@ class Container:
         """Raise ``BusyError`` if it is mounted where it usually is: for a container that has no lock to tell."""
         try:
             place = self.mountpoint
-        except (DamagedError, OSError):
+        except (DamagedError, UsageError, OSError):
             place = self.store.layout.mounts / self.alias
         entry = mounts.vzfs_mount(Path(os.path.realpath(place)))
         if entry is not None and entry.source == mounts.source_name(self.path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,6 @@ from vzfs.cli.show import (
     dash,
     escape_name,
     moment,
-    plain,
     print_fields,
     print_json,
     print_json_lines,
@@ -74,7 +74,11 @@ def _name_of(container: Container) -> str:
 
 
 def _row(container: Container) -> dict[str, Any]:
-    return {**plain(container.status()), "name": _name_of(container) or None}
+    return _with_name(container.status(), _name_of(container))
+
+
+def _with_name(one: Status, name: str) -> dict[str, Any]:
+    return {**asdict(one), "name": name or None}
 
 
 def _present(containers: Iterable[Container]) -> Iterator[tuple[Container, Status]]:
@@ -153,7 +157,7 @@ def list_containers(ctx: click.Context) -> None:
     """List the containers of the store."""
     found = [(one, _name_of(container)) for container, one in _present(open_store(ctx).containers())]
     if wants_json(ctx):
-        print_json([{**plain(one), "name": name or None} for one, name in found])
+        print_json([_with_name(one, name) for one, name in found])
         return
     print_table(
         ("CT", "NAME", "TEMPLATE", "STATE", "MOUNTPOINT"),

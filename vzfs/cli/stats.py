@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vzfs.cli.base import Command, container_argument, json_option, open_store, wants_json
-from vzfs.cli.show import duration, plain, print_fields, print_json, print_table, size
+from vzfs.cli.show import duration, json_text, plain, print_fields, print_json, print_table, size
 from vzfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def _watch(ctx: click.Context, container: Container, every_s: float) -> None:
     before: Statistics | None = None
     for now in _snapshots(container, every_s):
         if wants_json(ctx):
-            click.echo(json.dumps(_row(container, now), ensure_ascii=False))
+            click.echo(json_text(_row(container, now)))
         else:
             click.clear()  # only on a terminal
             show(now, before)

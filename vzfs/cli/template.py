@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,6 +29,16 @@ DEBOOTSTRAP_DEFAULT = "base"
 """Given as --variant: what debootstrap makes without one."""
 
 
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """The number of bytes that an option says: ``1048576``, ``1024K``, ``1M``; with ``iB`` behind it is the same."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,18})(?:([KMGT])(?:iB)?)?", value, re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no size such as 500M or 2G", ctx, param)
+    return int(match[1]) << 10 * " KMGT".index((match[2] or " ").upper())
+
+
 @click.group(
     cls=Group,
     examples=[
@@ -48,6 +59,7 @@ def template() -> None:
         ),
         ("vzfs template create alma-9 --from /srv/roots/alma-9", "copy a directory"),
         ("vzfs template create app --from app-root.tar.zst", "unpack an archive (tar, also with gzip, xz or zstd)"),
+        ("vzfs template create app --from downloaded.tar --max-size 2G", "one that shall not fill the disk"),
         ("docker export app | vzfs template create app --from - --no-devices", "unpack standard input"),
     ],
 )
@@ -70,6 +82,12 @@ def template() -> None:
     "--include", metavar="PACKAGE[,PACKAGE]", multiple=True, help="Packages debootstrap adds; may be repeated."
 )
 @click.option("--no-devices", is_flag=True, help="Refuse a source that holds device nodes.")
+@click.option(
+    "--max-size",
+    metavar="SIZE",
+    callback=_bytes,
+    help="How much data it may have, in bytes or with K, M, G or T.  [default: what is free in the store, less 5 %]",
+)
 @json_option
 @click.pass_context
 def create(
@@ -80,6 +98,7 @@ def create(
     variant: str | None,
     include: tuple[str, ...],
     no_devices: bool,
+    max_size: int | None,
 ) -> None:
     """Make template NAME from SOURCE and seal it.
 
@@ -96,7 +115,7 @@ def create(
             remedy="leave them out, or use --from debootstrap:SUITE",
         )
     packages = tuple(package for group in include for package in group.split(",") if package)
-    options = SourceOptions(mirror=mirror, include=packages, allow_devices=not no_devices)
+    options = SourceOptions(mirror=mirror, include=packages, allow_devices=not no_devices, max_size=max_size)
     if variant:
         options = replace(options, variant=None if variant == DEBOOTSTRAP_DEFAULT else variant)
     with progress_bar() as progress:

@@ -6,6 +6,7 @@ containers can say which are damaged, and nothing that lies there can keep it wa
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -39,8 +40,19 @@ def is_container(layout: Layout, path: Path) -> bool:
     In the store's own folder whatever has a part of one is one, so that it can be seen and destroyed; elsewhere it
     takes ``conf`` and ``private``, because other programs keep folders with one of these names.
     """
-    there = [os.path.lexists(path / name) for name in (CONF, PRIVATE_AREA, LOCK)]
+    there = [_is_there(path / name) for name in (CONF, PRIVATE_AREA, LOCK)]
     return any(there) if path.parent == layout.containers else there[0] and there[1]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has that name. Raises ``PermissionError``: who may not know shall not be told that it isn't."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    return True
 
 
 def faults(container: Path) -> list[str]:
