@@ -307,6 +307,21 @@ def test_it_is_examined_once_for_each_file(store: Store, monkeypatch: pytest.Mon
     assert len(examined) == before + 3
 
 
+def test_verifying_forgets_what_was_noted(store: Store) -> None:
+    """A disk that rots changes no times, so the note says that all is well."""
+    paths = store.layout.template(SMALL)
+    open_sealed(paths)
+    info = paths.index.stat()
+    note = paths.checked.read_text().split(" ")
+    write_at(paths.index, info.st_size - 1, b"\xff")
+    note[4] = str(paths.index.stat().st_ctime_ns)
+    paths.checked.write_text(" ".join(note))
+    open_sealed(paths)
+    assert run(store, "template", "verify", SMALL).exit_code == 1
+    with pytest.raises(DamagedError, match="checksum"):
+        open_sealed(paths)
+
+
 def test_a_new_template_needs_no_examination_and_a_copied_store_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

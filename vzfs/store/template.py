@@ -33,7 +33,6 @@ from vzfs.store.index_check import find_fault
 from vzfs.store.index_write import EntryData, link_groups, write_index
 from vzfs.store.layout import (
     LINK_BUCKET,
-    ORIGIN_XATTR,
     OWN_FOLDER_MODE,
     RESERVED_PREFIX,
     Layout,
@@ -96,7 +95,6 @@ def create_template(
     layout.make()
     _clean_up(layout)
     _refuse_existing(paths, name)
-    _refuse_private_area(source)
     try:
         with _work_folder(layout, "new", name) as work:
             tree, meta = work / "tree", work / "meta"
@@ -140,15 +138,6 @@ def _refuse_existing(paths: TemplatePaths, name: str) -> None:
         raise ExistsError(
             f"{paths.tree} is in the way and no template of vzfs", remedy="move it away or choose another name"
         )
-
-
-def _refuse_private_area(source: str) -> None:
-    """A private area as such is full of magic links; what it stands for is seen where it is mounted."""
-    with contextlib.suppress(OSError):
-        if ORIGIN_XATTR in os.listxattr(source):
-            raise SourceError(
-                f"{source} is a container's private area", remedy="mount the container, give its mount point"
-            )
 
 
 def _flush(tree: Path) -> None:
@@ -403,6 +392,8 @@ def _dump_line(index: Index, number: int) -> str:
 def verify_template(layout: Layout, name: str, progress: Progress = no_progress) -> list[Problem]:
     """Compare the template's files with its index: every name, attribute, extended attribute, link and digest."""
     paths = template_paths(layout, name)
+    with contextlib.suppress(OSError):
+        paths.checked.unlink()  # a disk that rots changes no times: whoever opens it next examines it, too
     try:
         index = Index(paths.index)
     except DamagedError as error:

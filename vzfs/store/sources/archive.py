@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from vzfs.errors import SourceError
 from vzfs.store.progress import Progress
-from vzfs.store.sources import acl
+from vzfs.store.sources import acl, mistaken
 from vzfs.store.sources.attributes import ACL_ACCESS, ACL_DEFAULT, Attributes, is_known, is_reserved
 from vzfs.store.sources.budget import Budget
 from vzfs.store.sources.compression import decompressed
@@ -86,6 +86,7 @@ def unpack(source_fd: int, target_fd: int, options: SourceOptions, budget: Budge
                 _write(member, reader, sink, owners, budget)
             except OSError as error:
                 raise entry_error(error, member.name, target_fd) from error
+        mistaken.refuse_unpacked(target_fd)
         sink.finish()
     finally:
         sink.close()

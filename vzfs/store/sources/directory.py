@@ -17,6 +17,7 @@ from vzfs.errors import SourceError, UsageError
 from vzfs.store import sys
 from vzfs.store.progress import Progress
 from vzfs.store.sources import attributes as attrs
+from vzfs.store.sources import mistaken
 from vzfs.store.sources.attributes import Attributes
 from vzfs.store.sources.budget import Budget
 from vzfs.store.sources.errors import XattrError, entry_error, refused, shown
@@ -43,6 +44,7 @@ def copy(source_fd: int, target_fd: int, options: SourceOptions, budget: Budget,
         )
     if _is_below(source_fd, target_fd):
         raise UsageError("the source directory is the template's own")
+    mistaken.refuse_image(source_fd)
     _Copy(source_fd, target_fd, options, budget, progress).run()
 
 
@@ -110,6 +112,7 @@ class _Copy:
             self._note_mount_point(path)
             return
         try:
+            mistaken.refuse_part_of_store(source, path)
             self._directories.append((path, attrs.from_stat(os.fstat(source), self._xattrs(source, path))))
             target = sys.openat2(self._target, path or b".", _DIRECTORY)
             try:
