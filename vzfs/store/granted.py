@@ -60,6 +60,7 @@ class Granted:
     def open(self, name: str) -> OpenTemplate:
         """The template ``name``. Raises ``NotGrantedError``, ``DamagedError``, ``NotFoundError``."""
         if name not in self.names:
+            template_paths(self._layout, name)  # what isn't there isn't forbidden either
             raise NotGrantedError(
                 f"links in {self._path} name the template {name}, which its conf doesn't",
                 remedy=f"add {name} to {TEMPLATES} in {self._path / CONF} if the container may use it",

@@ -10,20 +10,21 @@ from vzfs.errors import DamagedError, NotFoundError
 from vzfs.store.check.finding import LostAndFound, Mend, Report
 from vzfs.store.granted import Granted, NotGrantedError
 from vzfs.store.layout import CONF, COW, OWN_FOLDER_MODE, Layout
-from vzfs.store.opened import OpenTemplate
+from vzfs.store.opened import OpenTemplate, template_paths
 from vzfs.store.survey import Spot, Templates, open_private_area
 
 PATH_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def _loader(layout: Layout, path: Path) -> Callable[[str], OpenTemplate]:
-    """What opens templates for the container. Where its conf can't say which it may use, that is told, and each may be
-    looked into to say what else is wrong."""
+    """What opens templates for the container. Where its conf can't say which it may use, or names one for its root that
+    isn't there, that is told, and each may be looked into to say what else is wrong."""
     try:
         granted = Granted(layout, path)
-    except (FileNotFoundError, DamagedError):
+        template_paths(layout, granted.os_template)
+    except (FileNotFoundError, DamagedError, NotFoundError):
         return lambda name: OpenTemplate(layout, name)
-    return granted.open if granted.names else lambda name: OpenTemplate(layout, name)
+    return granted.open
 
 
 class Ground:
