@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -53,6 +54,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
     (outside / "file").write_text("theirs\n")
     (outside / "folder").mkdir()
     (outside / "folder/file").write_text("theirs\n")
+    for name in ("stage", "orphans", "links"):  # as in cow
+        (outside / "folder" / name).mkdir(mode=0o755)
+        (outside / "folder" / name / "file").write_text("theirs\n")
     try:
         yield Room(store, outside)
     finally:
@@ -207,6 +211,15 @@ def test_no_command_waits_or_fails_for_the_others(room: Room, name: str, damage:
         if outcome.code == 9:
             assert str(container) in outcome.errors
             assert name in outcome.errors
+    repaired = run(room, "check", BAD, "--repair")
+    if name in ("cow", "dump", "layers", "vzfs.log"):
+        assert repaired.code == 0
+        assert (container / "lost+found").exists() == is_wrong(name, damage)
+        assert run(room, "check", BAD).code == 0
+        shutil.rmtree(container / name, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            (container / name).unlink()
+        DAMAGES[damage](container / name, room.outside)
     everything = run(room, "check", "--all")
     assert f"container {GOOD} is clean" in everything.output
     if is_wrong(name, damage):

@@ -19,8 +19,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.conftest import SMALL, end_below, make_source
-from tests.engines import EngineStore
-from vzfs import DamagedError, Store
+from tests.engines import ENGINES, EngineStore
+from vzfs import DamagedError, Store, VzfsError
 from vzfs.cli.app import cli
 from vzfs.store.index import COLUMNS, HEADER_SIZE, Index, padded
 from vzfs.store.index_check import find_fault
@@ -305,6 +305,15 @@ def test_it_is_examined_once_for_each_file(store: Store, monkeypatch: pytest.Mon
     assert len(examined) == before + 3
     assert open_sealed(paths).digest == first
     assert len(examined) == before + 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_caller_examines_before_the_servers_time_runs(store: Store, engine: str) -> None:
+    paths = store.layout.template(SMALL)
+    paths.checked.unlink(missing_ok=True)
+    with pytest.raises(VzfsError, match="usable"):
+        store.container(6).mount(engine=engine, timeout=0)
+    assert paths.checked.exists()
 
 
 def test_verifying_forgets_what_was_noted(store: Store) -> None:

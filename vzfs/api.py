@@ -29,6 +29,7 @@ from vzfs.store.container import CtId, create_container, destroy_container, exis
 from vzfs.store.layout import CONF, LOG, Layout
 from vzfs.store.lock import Holder, read_holder
 from vzfs.store.magic import valid_template_name
+from vzfs.store.noted import identity_of, read_note
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
 from vzfs.store.shape import container_paths, faults, is_container
@@ -245,6 +246,7 @@ class Container:
         order = self._order(
             mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll_us
         )
+        self._examine_templates()
         mounts.start(order, timeout)
         return Path(str(order["mountpoint"]))
 
@@ -266,6 +268,18 @@ class Container:
             mountpoint, read_only=read_only, engine=engine, sync=sync, log=log, busy_poll_us=busy_poll_us
         )
         serve(Order(**order))  # type: ignore[arg-type]
+
+    def _examine_templates(self) -> None:
+        """Have the indexes examined that weren't, as those of an earlier vzfs or of a copied store: of a large one that
+        takes seconds, for which ``timeout`` was not meant. What is wrong with them, the serving process says."""
+        for name in self.conf.templates():
+            with contextlib.suppress(OSError, UsageError, DamagedError):
+                paths = self.store.layout.template(name)
+                if read_note(paths.checked, identity_of(paths.index.stat())):
+                    continue
+                from vzfs.store.seal import open_sealed
+
+                open_sealed(paths)
 
     def _order(
         self,

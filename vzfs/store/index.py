@@ -49,6 +49,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vzfs.errors import DamagedError
+from vzfs.store.noted import identity_of
 
 MAGIC = b"VZFSIDX\n"
 VERSION = 1
@@ -163,7 +164,7 @@ class Index:
         self._file = os.fspath(path)
         with open(path, "rb") as file:
             info = os.fstat(file.fileno())
-            self.identity = (info.st_dev, info.st_ino, info.st_ctime_ns, info.st_size)
+            self.identity = identity_of(info)
             size = info.st_size
             if size < HEADER_SIZE:
                 raise self.damaged("it is too short")

@@ -14,23 +14,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
-import secrets
 import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from vzfs.store.escape import printable
 from vzfs.store.index import Index
 from vzfs.store.index_check import find_fault
 from vzfs.store.layout import TemplatePaths
+from vzfs.store.noted import read_note, write_note
 
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _FIRST_LINE = "vzfs-template 1"
-_NOTE = "vzfs-checked 1"
-_NOTE_MAX = 512
 _TICK_NS = 20_000_000
 """Two changes of a file within the kernel's clock tick (10 ms at most) may have the same change time."""
 
@@ -46,7 +41,7 @@ class Sealed:
 def open_sealed(paths: TemplatePaths) -> Sealed:
     """Map the index of a template and make sure that it can be served from. Raises ``DamagedError``, ``OSError``."""
     index = Index(paths.index)
-    digest = _noted(paths.checked, index)
+    digest = read_note(paths.checked, index.identity)
     return Sealed(index, digest or _examine(paths, index))
 
 
@@ -68,42 +63,8 @@ def _examine(paths: TemplatePaths, index: Index) -> str:
         if not index.intact():
             raise index.damaged("its checksum differs")
     with contextlib.suppress(OSError):  # read-only, full, not permitted: then the next one examines it again
-        _note(paths.checked, index, digest)
+        write_note(paths.checked, index.identity, digest)
     return digest
-
-
-def _mark(index: Index) -> str:
-    device, inode, ctime_ns, size = index.identity
-    return f"{_NOTE} {device} {inode} {ctime_ns} {size} "
-
-
-def _noted(path: Path, index: Index) -> str:
-    """The digest that was noted for this very file, or nothing."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        text = os.read(fd, _NOTE_MAX).decode("ascii", "replace")
-    except OSError:
-        return ""
-    finally:
-        os.close(fd)
-    digest = text.removeprefix(_mark(index)).removesuffix("\n")
-    return digest if DIGEST.fullmatch(digest) else ""
-
-
-def _note(path: Path, index: Index, digest: str) -> None:
-    staged = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, f"{_mark(index)}{digest}\n".encode())
-        os.rename(staged, path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
 
 
 # ----------------------------------------------------------------------------------------------------------- the digest

@@ -115,6 +115,7 @@ def create_template(
                 with open(meta / "index", "xb") as file:
                     write_index(file, entries, about)
                     os.fsync(file.fileno())
+                progress("examining the index", 0, None)
                 open_sealed(TemplatePaths(tree, meta))  # so that the first mount needn't examine it
                 _flush(tree)
                 os.rename(tree, paths.tree)

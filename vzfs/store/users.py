@@ -22,7 +22,9 @@ def template_users(layout: Layout, template: str) -> list[Path]:
     candidates = container_paths(layout)
     folder = layout.template(template).meta / "users"
     with contextlib.suppress(FileNotFoundError):
-        candidates += sorted(Path(os.readlink(folder / link)) for link in os.listdir(folder))
+        for link in sorted(os.listdir(folder)):
+            with contextlib.suppress(OSError):  # no link, or gone by now
+                candidates.append(Path(os.readlink(folder / link)))
     return [path for path in candidates if template in _templates_of(path)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 
@@ -24,17 +25,28 @@ def check_folders(ground: Ground, report: Report) -> None:
     _check_mode(ground, report, ".", os.stat(ground.top_fd))
     for name in (*_NEEDED, *_POSSIBLE):
         try:
-            info = os.lstat(name, dir_fd=ground.top_fd)
+            info = _look_at(ground, name)
         except FileNotFoundError:
             if name in _NEEDED:
                 report(name, "missing", "the folder is missing", _make(ground, name))
             continue
-        except NotADirectoryError:
-            continue  # cow itself is none and told already
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                continue  # cow itself is none and told already
+            raise
         if stat.S_ISDIR(info.st_mode):
             _check_mode(ground, report, name, info)
         else:
             report(name, "missing", "something that is no folder is in its place", _displace(ground, name))
+
+
+def _look_at(ground: Ground, name: str) -> os.stat_result:
+    """What is at ``name`` in the container, seen through no symbolic link."""
+    fd = sys.openat2(ground.top_fd, os.fsencode(name), os.O_PATH | os.O_NOFOLLOW)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def check_log(ground: Ground, report: Report) -> None:
@@ -51,7 +63,7 @@ def _check_mode(ground: Ground, report: Report, name: str, info: os.stat_result)
         return
 
     def mend() -> str:
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=ground.top_fd)
+        fd = sys.openat2(ground.top_fd, os.fsencode(name), os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fchown(fd, 0, 0)
             os.fchmod(fd, OWN_FOLDER_MODE)
