@@ -48,10 +48,10 @@ class Granted:
         return name
 
     def serve(self, name: str) -> OpenTemplate:
-        """``open`` for who serves the container: a program there that meets a link again and again is logged once."""
+        """``open`` for who serves the container: a refusal is logged once, however often programs meet such a link."""
         try:
             return self.open(name)
-        except VzfsError as error:
+        except DamagedError as error:  # of what isn't there, each request tells
             if name not in self._refused:
                 self._refused.add(name)
                 log.error("template %s is not served: %s", name, error)  # noqa: TRY400

@@ -31,13 +31,11 @@ class Budget:
         self._left -= size
         if self._left >= 0:
             return
-        what = f"at {shown(name)} the source has more data than"
+        what = f"at {shown(name)} the source has more data than the {self._limit} bytes that"
         if self.is_explicit:
-            raise FullError(
-                f"{what} the {self._limit} bytes that the template may have", remedy="allow more with --max-size"
-            )
+            raise FullError(f"{what} the template may have", remedy="allow more with --max-size")
         raise FullError(
-            f"{what} the {self._limit} bytes that are free in the store, less five percent",
+            f"there is no space for it: {what} are free in the store, less five percent",
             remedy="free some space there; or say how much it may be with --max-size, if most of it is zeros",
         )
 
