@@ -38,21 +38,22 @@ def open_own(path: Path, flags: int, *, mode: int = 0o600) -> int:
 
     Raises ``DamagedError`` for whatever else has that name, ``FileNotFoundError`` and other ``OSError``.
     """
+    name = os.fspath(path)
     for _ in range(_TRIES):
         try:
-            seen = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            seen = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             if not flags & os.O_CREAT:
                 raise
             try:
-                return os.open(path, flags | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+                return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
             except FileExistsError:
                 continue
         try:
             _refuse_other_kinds(path, os.fstat(seen).st_mode)
             return os.open(sys.fd_path(seen), flags & ~os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError as error:
-            error.filename = str(path)  # not that of the descriptor
+            error.filename = name  # not that of the descriptor
             raise
         finally:
             os.close(seen)
@@ -66,8 +67,7 @@ def read_own(path: Path, limit: int) -> bytes:
         size = os.fstat(fd).st_size
         if size > limit:
             raise damaged(path, f"has {size} bytes, more than the {limit} that it can have")
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(limit)
+        return os.read(fd, size)  # if it grows meanwhile, as it was
     finally:
         os.close(fd)
 

@@ -40,11 +40,13 @@ def is_container(layout: Layout, path: Path) -> bool:
     In the store's own folder whatever has a part of one is one, so that it can be seen and destroyed; elsewhere it
     takes ``conf`` and ``private``, because other programs keep folders with one of these names.
     """
-    there = [_is_there(path / name) for name in (CONF, PRIVATE_AREA, LOCK)]
-    return any(there) if path.parent == layout.containers else there[0] and there[1]
+    folder = f"{path}/"
+    if path.parent == layout.containers:
+        return any(_is_there(folder + name) for name in (CONF, PRIVATE_AREA, LOCK))
+    return _is_there(folder + CONF) and _is_there(folder + PRIVATE_AREA)
 
 
-def _is_there(path: Path) -> bool:
+def _is_there(path: str) -> bool:
     """Whether anything has that name. Raises ``PermissionError``: who may not know shall not be told that it isn't."""
     try:
         os.lstat(path)
@@ -58,9 +60,10 @@ def _is_there(path: Path) -> bool:
 def faults(container: Path) -> list[str]:
     """What of the container's own is missing or isn't what it should be, in words that follow its name."""
     found = []
+    folder = f"{container}/"
     for name in (*_FILES, *_FOLDERS):
         try:
-            mode = os.lstat(container / name).st_mode
+            mode = os.lstat(folder + name).st_mode
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 found.append(f"its {name} can't be looked at: {error.strerror}")
