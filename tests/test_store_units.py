@@ -622,6 +622,7 @@ def test_containers_by_name_and_path(small_store: Store, tmp_path: Path) -> None
     assert Conf.load(elsewhere / "conf").as_dict() == {
         "OSTEMPLATE": SMALL,
         "TEMPLATES": SMALL,
+        "OSTEMPLATE_DIGEST": small_store.template(SMALL).info().digest,
         "NAME": "db",
         "VE_ROOT": str(tmp_path / "mnt"),
     }

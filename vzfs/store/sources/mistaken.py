@@ -84,14 +84,16 @@ def _is_planted(fd: int, name: str) -> bool:
 
 
 def _has_magic_links(fd: int) -> bool:
-    """Whether most names in the directory ``fd`` are magic links, as in a container that was changed little."""
+    """Whether most names in the directory ``fd`` are magic links to what a template has under that name in its root, as
+    in a container that was changed little."""
     found = looked = 0
     with os.scandir(fd) as entries:
         for entry in islice(entries, _LOOKED_AT):
             looked += 1
+            name = os.fsencode(entry.name)
             with contextlib.suppress(OSError):
-                if entry.is_symlink() and magic.parse(os.readlink(os.fsencode(entry.name), dir_fd=fd)) is not None:
-                    found += 1
+                link = magic.parse(os.readlink(name, dir_fd=fd)) if entry.is_symlink() else None
+                found += link is not None and link.path == name
     return 2 * found > looked
 
 
