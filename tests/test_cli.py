@@ -53,6 +53,7 @@ class FakeStatus:
     max_write: int | None = None
     state: str = "stopped"
     name: str | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class FakeInfo:
     ino_base: int = 1 << 32
     index_size: int = 4096
     used_by: list[str] = field(default_factory=lambda: ["101"])
+    digest: str | None = None
+    problem: str | None = None
 
 
 @dataclass
@@ -99,6 +102,9 @@ class FakeContainer:
     @property
     def conf(self) -> dict[str, str]:
         return {"NAME": "web" if self.alias == "101" else ""}
+
+    def is_served(self) -> bool:
+        return self.is_mounted
 
     def status(self) -> FakeStatus:
         where = f"/store/root/{self.alias}" if self.is_mounted else None
@@ -157,6 +163,9 @@ class FakeTemplate:
 
     def info(self) -> FakeInfo:
         return FakeInfo(self.name)
+
+    def summary(self) -> FakeInfo:
+        return self.info()
 
     def dump(self) -> Iterator[str]:
         yield from self.lines
@@ -677,3 +686,34 @@ def test_template_remove(store: FakeStore) -> None:
     assert run("template", "remove", "debian-12").stdout == "template debian-12 removed\n"
     store.tpls[0].failure = BusyError("template debian-12 is used by 101", remedy="destroy them first")
     run("template", "remove", "debian-12", code=5)
+
+
+# Names that a terminal would obey
+
+HOSTILE = "/a\x9b31m\x1b]0;x\x07\u202eb\u2066c\x7f\u2028d\u200fe\ufeff\udc9b\U000e0001"
+
+
+@pytest.mark.parametrize("words", [["diff", "101"], ["check", "101"], ["list"], ["status"], ["template", "list"]])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_no_output_has_control_characters_or_bidirectional_marks(
+    store: FakeStore, words: list[str], as_json: bool
+) -> None:
+    one = store.cts[0]
+    one.changes = [FakeChange("renamed", HOSTILE, old_path=HOSTILE, content=HOSTILE)]
+    one.problems = [Problem(HOSTILE, "mode", HOSTILE)]
+    one.alias = HOSTILE if words[0] in ("list", "status") else one.alias
+    store.tpls = [FakeTemplate(HOSTILE)]
+    result = run(*words, *(["--json"] if as_json else []), code=1 if words[0] == "check" else 0)
+    assert [char for char in result.stdout if not char.isprintable() and char != "\n"] == []
+    if as_json:
+        told = json.loads(result.stdout)[0]
+        told = told["problems"][0] if words[0] == "check" else told
+        name = told["name"] if words[0] == "template" else told["path"]
+        assert HOSTILE.replace("\udc9b", "\\x9b") in name  # the same for programs
+
+
+def test_failures_have_no_control_characters_either(store: FakeStore) -> None:
+    store.cts[0].failure = BusyError(HOSTILE, remedy=HOSTILE)
+    for extra in ([], ["--json"]):
+        result = run(*extra, "umount", "101", code=5)
+        assert [char for char in result.stderr if not char.isprintable() and char != "\n"] == []

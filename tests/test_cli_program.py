@@ -408,3 +408,14 @@ def test_sigterm_leaves_nothing_of_a_template_that_was_being_made(tmp_path: Path
     assert process.returncode == 130
     assert os.listdir(work) == []
     assert os.listdir(root / "template") == [".vzfs"]
+
+
+def test_a_relative_ve_root_is_refused(store: Path) -> None:
+    vzfs("create", "106", "--template", "small", root=store)
+    with open(store / "private/106/conf", "a") as conf:
+        conf.write('VE_ROOT="srv/$VEID"\n')
+    refused = vzfs("mount", "106", root=store, code=2)
+    assert "'srv/106'" in refused.stderr
+    assert "VE_ROOT" in refused.stderr
+    assert "106" in vzfs("list", root=store).stdout
+    vzfs("destroy", "106", "--yes", root=store)

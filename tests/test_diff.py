@@ -466,6 +466,9 @@ def test_files_of_another_template(container: Container, fs: TreeFs, tmp_path: P
     (tmp_path / "app").mkdir()
     (tmp_path / "app/run").write_text("run\n")
     container.store.create_template("app", str(tmp_path / "app"))
+    conf = container.conf
+    conf.set("TEMPLATES", f"{SMALL} app")
+    conf.save()
     os.symlink("//vz/template/app/run", container.path / "private/run")
     (container.path / "private/tmp").unlink()
     os.symlink("//vz/template/app/run", container.path / "private/tmp")

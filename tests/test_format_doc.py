@@ -295,6 +295,54 @@ def test_link_groups_are_rings(page: PageIndex) -> None:
     assert page.column["next_link"][alone] == page.column["leader"][alone] == alone
 
 
+def printable(data: bytes) -> str:
+    """As the page writes names and texts."""
+    return "".join(chr(byte) if 0x21 <= byte <= 0x7E and byte != 0x5C else f"\\x{byte:02x}" for byte in data)
+
+
+def content_line(page: PageIndex, number: int, paths: dict[int, str]) -> str:
+    _, mode, _, uid, gid, rdev, size, _, _, _, mtime, _ = page.entry(number)["attributes"]
+    line = f"{paths[number] or '/'} {mode:06o} uid={uid} gid={gid} mtime={mtime // 10**9}.{mtime % 10**9:09d}"
+    if stat.S_ISREG(mode):
+        line += f" size={size} sha256={page.blob(number).hex()}"
+    elif stat.S_ISLNK(mode):
+        line += f" target={printable(page.blob(number))}"
+    elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        line += f" rdev={os.major(rdev)}:{os.minor(rdev)}"
+    leader = page.column["leader"][number]
+    if leader != number:
+        path, above = "", leader
+        while above:
+            path = f"/{printable(page.entry(above)['name'])}{path}"
+            above = page.column["parent"][above]
+        line += f" link={path}"
+    for name, value in sorted(page.xattrs(number).items()):
+        line += f" xattr:{printable(name)}={value.hex()}"
+    return line
+
+
+def test_the_digest_is_as_documented(page: PageIndex, template: Template) -> None:
+    lines = ["vzfs-template 1"]
+    paths = {0: ""}
+    waiting = [0]
+    while waiting:
+        number = waiting.pop()
+        lines.append(content_line(page, number, paths))
+        first, count = page.column["first_child"][number], page.column["child_count"][number]
+        for child in range(first, first + count):
+            paths[child] = f"{paths[number]}/{printable(page.entry(child)['name'])}"
+        waiting += reversed(range(first, first + count))
+    text = "".join(line + "\n" for line in lines)
+    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    assert template.info().digest == digest
+    assert len(lines) == page.count + 1
+
+    index = template.path.parent / ".vzfs/x/index"
+    info = index.stat()
+    note = f"vzfs-checked 1 {info.st_dev} {info.st_ino} {info.st_ctime_ns} {info.st_size} {digest}\n"
+    assert (index.parent / "checked").read_text() == note
+
+
 def test_link_farm_is_as_documented(page: PageIndex, template: Template) -> None:
     links = template.path.parent / ".vzfs" / "x" / "links"
     for number in range(1, page.count):
@@ -406,6 +454,7 @@ def test_conf_and_lock_are_as_documented(changed: Container) -> None:
     lines = (changed.path / "conf").read_text().splitlines()
     assert 'OSTEMPLATE="x"' in lines
     assert 'TEMPLATES="x"' in lines
+    assert f'OSTEMPLATE_DIGEST="{changed.store.template("x").info().digest}"' in lines
     assert (changed.path / "lock").read_bytes() == b""
     with changed.mounted() as root:
         text = (changed.path / "lock").read_bytes()

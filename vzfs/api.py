@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzfs.errors import DamagedError, NotFoundError, NotMountedError, UnsupportedError, UsageError, VzfsError
+from vzfs.errors import (
+    BusyError,
+    DamagedError,
+    NotFoundError,
+    NotMountedError,
+    UnsupportedError,
+    UsageError,
+    VzfsError,
+)
 from vzfs.fuse import mount as mounts
 from vzfs.fuse import umount as umounts
 from vzfs.fuse.probe import PATIENCE_S, Answer, ask
@@ -32,17 +40,19 @@ from vzfs.store.conf import NAME, OSTEMPLATE, USERNS_UID, VE_ROOT, Conf
 from vzfs.store.container import (
     NO_UID,
     CtId,
-    container_paths,
     create_container,
     destroy_container,
     existing_container,
     known_containers,
-    template_users,
 )
-from vzfs.store.layout import CONF, Layout
+from vzfs.store.layout import CONF, LOG, Layout
 from vzfs.store.lock import Holder, last_holder, read_holder
+from vzfs.store.magic import valid_template_name
+from vzfs.store.noted import identity_of, read_note
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
+from vzfs.store.shape import container_paths, faults, is_container
+from vzfs.store.users import template_users
 
 if TYPE_CHECKING:
     from vzfs.fuse.state import Agreed, State, Statistics
@@ -77,6 +87,9 @@ class Status:
     What the engine agreed upon with the kernel: the FUSE ``protocol``, for example ``7.45``, the names of its
     ``flags``, whether the kernel reads and writes files by itself (``passthrough``), and ``max_write`` in bytes. They
     are ``None`` where that isn't known: libfuse, below the pyfuse3 engine, doesn't tell.
+
+    ``problem`` says what is wrong with the container's own files at first sight, ``None``: nothing. What they would
+    have told is then empty or ``None``; ``check`` looks closer.
     """
 
     ct: str
@@ -94,6 +107,7 @@ class Status:
     max_write: int | None = None
     state: str = "stopped"
     name: str | None = None
+    problem: str | None = None
 
 
 class Store:
@@ -136,10 +150,10 @@ class Store:
         return [Template(self, name) for name in template_names(self.layout)]
 
     def template(self, name: str) -> Template:
-        """The template ``name``. Raises ``NotFoundError``."""
-        from vzfs.store.opened import open_index
+        """The template ``name``, sound or damaged. Raises ``NotFoundError``."""
+        from vzfs.store.opened import template_paths
 
-        open_index(self.layout, name)
+        template_paths(self.layout, name)
         return Template(self, name)
 
     def create(
@@ -177,15 +191,12 @@ class Store:
 
         As fast for many roots that don't answer as for one.
         """
-        found: list[tuple[Container, Holder | None]] = []
-        for container in self.containers():
-            with contextlib.suppress(NotFoundError, FileNotFoundError):
-                found.append((container, read_holder(container.path)))
-        states = _states([holder for _, holder in found])
+        found = [(container, *container._holder()) for container in self.containers()]
+        states = _states([holder for _, holder, _ in found])
         rows = []
-        for (container, holder), state in zip(found, states, strict=True):
+        for (container, holder, problems), state in zip(found, states, strict=True):
             with contextlib.suppress(NotFoundError, FileNotFoundError):
-                rows.append(container._status(holder, state))
+                rows.append(container._status(holder, problems, state))
         return rows
 
     def mounted_at(self, mountpoint: StrPath) -> Container | None:
@@ -199,9 +210,10 @@ class Store:
             return None
         known = [Container(self, path) for path in known_containers(self.layout)]
         for container in known:
-            holder = last_holder(container.path)
-            if holder is not None and holder.device == entry.device:
-                return container
+            with contextlib.suppress(DamagedError):
+                holder = last_holder(container.path)
+                if holder is not None and holder.device == entry.device:
+                    return container
         raise NotFoundError(
             f"{place} is the root of a container that the store {self.root} doesn't know ({entry.source})",
             remedy="name the container by its path, or give its store with --root; umount --lazy takes a dead one away",
@@ -225,10 +237,20 @@ class Template:
         return [Container(self.store, path) for path in template_users(self.store.layout, self.name)]
 
     def info(self) -> TemplateInfo:
-        """Its figures."""
+        """Its figures. Raises ``DamagedError`` when its index can't be used."""
         from vzfs.store.template import template_info
 
         return template_info(self.store.layout, self.name, [container.ct for container in self.users()])
+
+    def summary(self) -> TemplateInfo:
+        """Its figures as far as they can be told, so that one damaged template keeps nobody from seeing the others."""
+        from vzfs.store.template import damaged_info
+
+        try:
+            return self.info()
+        except DamagedError as error:
+            used_by = [container.ct for container in self.users()]
+            return damaged_info(self.store.layout, self.name, used_by, error.message)
 
     def dump(self) -> Iterator[str]:
         """Its index as lines of text."""
@@ -281,9 +303,16 @@ class Container:
     def mountpoint(self) -> Path:
         """Where it is mounted if nothing else is said: ``VE_ROOT`` (``$VEID`` replaced), else below the store's
         ``root``, or below its ``userns`` if conf has ``USERNS_UID``.
+
+        Raises ``UsageError`` for a relative ``VE_ROOT``.
         """
         conf = self.conf
         configured = conf.get(VE_ROOT).replace("$VEID", self.alias).replace("${VEID}", self.alias)
+        if configured and not os.path.isabs(configured):
+            raise UsageError(
+                f"{self.path / CONF} says to mount at {configured!r}, relative to nothing",
+                remedy=f"write the whole path there: {VE_ROOT}=/…",
+            )
         if configured:
             return Path(configured)
         layout = self.store.layout
@@ -355,6 +384,7 @@ class Container:
         _logger.info("mounting %s at %s", self.path, order["mountpoint"])
         _logger.debug("order: %s", order)
         umounts.await_detached(self.path, min(timeout, ENDING_S))
+        self._examine_templates()
         mounts.start(order, timeout)
         _logger.info("mounted %s; it logs to %s", self.path, order["log"])
         return Path(str(order["mountpoint"]))
@@ -388,6 +418,18 @@ class Container:
         )
         umounts.await_detached(self.path, ENDING_S)
         serve(Order(**order))  # type: ignore[arg-type]
+
+    def _examine_templates(self) -> None:
+        """Have the indexes examined that weren't, as those of an earlier vzfs or of a copied store: of a large one that
+        takes seconds, for which ``timeout`` was not meant. What is wrong with them, the serving process says."""
+        for name in self.conf.templates():
+            with contextlib.suppress(OSError, UsageError, DamagedError):
+                paths = self.store.layout.template(name)
+                if read_note(paths.checked, identity_of(paths.index.stat())):
+                    continue
+                from vzfs.store.seal import open_sealed
+
+                open_sealed(paths)
 
     def _order(
         self,
@@ -423,7 +465,7 @@ class Container:
             "sync": sync,
             "busy_poll_us": busy_poll_us,
             "passthrough_above": passthrough_above,
-            "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / "vzfs.log"),
+            "log": (log if log in ("-", "journal") else os.path.abspath(log)) if log else str(self.path / LOG),
         }
 
     def umount(self, *, lazy: bool = False, everywhere: bool = False, timeout: float = 10.0) -> None:
@@ -449,18 +491,42 @@ class Container:
             with contextlib.suppress(NotMountedError):
                 self.umount()
 
-    def status(self, *, patience: float = PATIENCE_S) -> Status:
-        """What it is doing now. A mounted root is asked, for up to ``patience`` seconds, whether it answers; 0: not."""
+    def is_served(self) -> bool:
+        """Whether it is mounted now. Raises ``DamagedError`` when its lock can't tell."""
         holder = read_holder(self.path)
-        return self._status(holder, *_states([holder], patience))
+        return holder is not None and holder.doing == "serves"
 
-    def _status(self, holder: Holder | None, state: str) -> Status:
+    def status(self, *, patience: float = PATIENCE_S) -> Status:
+        """What it is doing now, also of a damaged one. Raises ``NotFoundError`` when it was removed meanwhile.
+
+        A mounted root is asked, for up to ``patience`` seconds, whether it answers; 0: not.
+        """
+        holder, found = self._holder()
+        return self._status(holder, found, *_states([holder], patience))
+
+    def _holder(self) -> tuple[Holder | None, list[str]]:
+        """Who holds it, and what is wrong with its own files at first sight."""
+        found = faults(self.path)
+        try:
+            return read_holder(self.path), found
+        except (DamagedError, OSError) as error:
+            return None, found or [f"its lock can't be read: {_reason(error)}"]
+
+    def _status(self, holder: Holder | None, found: list[str], state: str) -> Status:
+        template = name = ""
+        try:
+            conf = self.conf
+            template, name = conf.get(OSTEMPLATE), conf.get(NAME)
+            if not valid_template_name(template):
+                found = [*found, f"its conf names no template: {OSTEMPLATE} is {template!r}"]
+        except (DamagedError, OSError) as error:
+            self._refuse_removed()
+            found = found or [f"its conf can't be read: {_reason(error)}"]
         agreed = _agreed(holder)
-        conf = self.conf
         return Status(
             ct=self.ct,
             path=str(self.path),
-            template=conf.get(OSTEMPLATE),
+            template=template,
             mounted=state in ("mounted", "not answering"),
             mountpoint=holder.mountpoint if holder and state != "detached" else None,
             pid=holder.pid if holder else None,
@@ -472,8 +538,13 @@ class Container:
             passthrough=agreed.passthrough if agreed else _without_passthrough(holder),
             max_write=agreed.max_write if agreed else None,
             state=state,
-            name=conf.get(NAME) or None,
+            name=name or None,
+            problem="; ".join(found) or None,
         )
+
+    def _refuse_removed(self) -> None:
+        if not is_container(self.store.layout, self.path):
+            raise NotFoundError(f"there is no container at {self.path}", remedy="vzfs list shows all")
 
     def stats(self) -> Statistics:
         """What its mount has counted so far; asking disturbs nobody. Subtract two for what happened in between.
@@ -516,12 +587,25 @@ class Container:
         return check_container(self.store.layout, self.path, repair=repair)
 
     def destroy(self) -> None:
-        """Remove it and all its data, and what a dead server left mounted. Raises ``BusyError`` while it is mounted."""
+        """Remove it and all its data, damaged or not, and what a dead server left mounted.
+
+        Raises ``BusyError`` while it is mounted.
+        """
         _need_root()
-        umounts.await_detached(self.path, ENDING_S)
-        umounts.unmount_dead_of(self.path, self._usual_place())
+        try:
+            umounts.await_detached(self.path, ENDING_S)
+            umounts.unmount_dead_of(self.path, self._usual_place())
+        except DamagedError:
+            self._refuse_mounted()
         destroy_container(self.store.layout, self.path)
         _logger.info("destroyed %s", self.path)
+
+    def _refuse_mounted(self) -> None:
+        """Raise ``BusyError`` if it is mounted where it usually is: for a container that has no lock to tell."""
+        place = self._usual_place()
+        entry = vzfs_mount(place)
+        if entry is not None and entry.source == mounts.source_name(self.path):
+            raise BusyError(f"container {self.path} is mounted at {place}", remedy=f"umount {place}")
 
 
 def _states(holders: Sequence[Holder | None], patience: float = PATIENCE_S) -> list[str]:
@@ -549,6 +633,10 @@ def _root_of(holder: Holder | None) -> tuple[str, str]:
     """Where the root is to be asked, from whatever mount namespace, and its device."""
     assert holder is not None
     return f"/proc/{holder.pid}/root{holder.mountpoint}", holder.device or ""
+
+
+def _reason(error: DamagedError | OSError) -> str:
+    return error.message if isinstance(error, DamagedError) else error.strerror or str(error)
 
 
 def _state_of(pid: int, fd: int) -> State:

@@ -17,6 +17,8 @@ from vzfs.cli.failure import EXIT_BROKEN_PIPE, explain, report, wants_traceback
 from vzfs.cli.output import OutputError, prepare_streams, throw_output_away
 
 PROGRAM = "vzfs"
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that end a command in an orderly way, as Ctrl-C does: asked to, the terminal is gone, Ctrl-\\."""
 
 
 class _NeverRaisedError(click.UsageError):
@@ -44,7 +46,9 @@ class Program(Group):
         """
         given = list(sys.argv[1:] if args is None else args)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)
+            for number in ENDING:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) sets it
+                    signal.signal(number, _interrupt)
         try:
             outcome = super().main(given, prog_name or PROGRAM, complete_var, standalone_mode=False, **extra)
         except _NO_ARGUMENTS as error:
@@ -73,7 +77,10 @@ class Program(Group):
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
-    """On SIGTERM as on SIGINT: what is half done is undone, what was started is ended."""
+    """On these as on SIGINT: what is half done is undone, what was started is ended; which another one shall not stop,
+    for a terminal that closes sends more than one."""
+    for other in ENDING:
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

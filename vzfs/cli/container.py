@@ -162,7 +162,7 @@ def list_containers(ctx: click.Context) -> None:
         return
     print_table(
         ("CT", "NAME", "TEMPLATE", "STATE", "MOUNTPOINT"),
-        [(one.ct, dash(one.name), dash(one.template), one.state, dash(one.mountpoint)) for one in found],
+        [(one.ct, dash(one.name), dash(one.template), _state(one), dash(one.mountpoint)) for one in found],
     )
 
 
@@ -197,7 +197,10 @@ def status(ctx: click.Context, ct_id: str | None) -> None:
 
 
 def _state(one: Status) -> str:
-    return f"{one.state}, read-only" if one.mounted and one.read_only else one.state
+    state = f"{one.state}, read-only" if one.mounted and one.read_only else one.state
+    if one.problem is None:
+        return state
+    return f"{state}, damaged: {one.problem}" if one.mounted else f"damaged: {one.problem}"
 
 
 def _print_status(ctx: click.Context, container: Container) -> None:

@@ -107,11 +107,9 @@ def _write_log(error: BaseException) -> str | None:
 def report(failure: Failure, *, as_json: bool) -> None:
     """Writes the failure to standard error, as text or as one JSON object ``{"error": {...}}``."""
     if as_json:
-        import json
+        from vzfs.cli.show import json_text
 
-        from vzfs.cli.show import plain
-
-        click.echo(json.dumps({"error": plain(failure)}, ensure_ascii=False), err=True)
+        click.echo(json_text({"error": failure}), err=True)
         return
     message, *more = failure.message.split("\n")
     click.echo(f"vzfs: {printable(message)}", err=True)

@@ -5,7 +5,7 @@ could otherwise write escape sequences to its administrator's terminal.
 
 Names are escaped as ``ls --escape`` does: a backslash becomes ``\\\\``, a byte or character that can't be printed
 becomes ``\\n``, ``\\t``, ``\\xNN`` or ``\\uNNNN``. In JSON, names have ``\\\\`` and ``\\xNN`` (for bytes that are not
-UTF-8) only; JSON has its own escapes for the rest.
+UTF-8) only; JSON has its own escapes for the rest, which are used for all that can't be printed.
 """
 
 from __future__ import annotations
@@ -76,8 +76,17 @@ def plain(value: Any, key: str = "") -> Any:
     return value
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """``value`` as JSON in which whatever a terminal might obey or reorder text by is written with JSON's escapes."""
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    # What can't be printed is inside strings, but for the ends of lines that the indentation makes.
+    return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
+
+
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    click.echo(json_text(value, indent=2))
 
 
 def print_json_lines(values: Iterable[Any]) -> None:
@@ -85,7 +94,7 @@ def print_json_lines(values: Iterable[Any]) -> None:
     lead = "["
     for value in values:
         click.echo(lead)
-        click.echo(json.dumps(plain(value), ensure_ascii=False), nl=False)
+        click.echo(json_text(value), nl=False)
         lead = ","
     click.echo("[]" if lead == "[" else "\n]")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vzfs.cli.base import Command, any_containers_argument, existing_store, json_option, neither_or_both, wants_json
-from vzfs.cli.show import duration, plain, print_fields, print_json, print_table, printable, size
+from vzfs.cli.show import duration, json_text, plain, print_fields, print_json, print_table, printable, size
 from vzfs.errors import NotFoundError, NotMountedError, UsageError
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def _watch(ctx: click.Context, ask: Callable[[], Found], every_s: float, *, sing
     before: Found = {}
     for found in _snapshots(ask, every_s):
         if wants_json(ctx):
-            click.echo(json.dumps(_document(found, single=single), ensure_ascii=False))
+            click.echo(json_text(_document(found, single=single)))
         else:
             click.clear()  # only on a terminal
             _show_all(found, before, single=single)

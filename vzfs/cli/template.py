@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,11 +21,24 @@ from vzfs.cli.base import (
 )
 from vzfs.cli.failure import EXIT_PROBLEMS
 from vzfs.cli.progress import progress_bar
-from vzfs.cli.show import moment, plain, print_fields, print_json, print_table, printable, size
+from vzfs.cli.show import dash, moment, plain, print_fields, print_json, print_table, printable, size
 from vzfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from vzfs.store.template import TemplateInfo
 
 DEBOOTSTRAP_DEFAULT = "base"
 """Given as --variant: what debootstrap makes without one."""
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """The number of bytes that an option says: ``1048576``, ``1024K``, ``1M``; with ``iB`` behind it is the same."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,18})(?:([KMGT])(?:iB)?)?", value, re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no size such as 500M or 2G", ctx, param)
+    return int(match[1]) << 10 * " KMGT".index((match[2] or " ").upper())
 
 
 @click.group(
@@ -49,6 +64,7 @@ def template() -> None:
             "vzfs template create app --from app-root.tar.zst",
             "unpack an archive (tar; gzip, bzip2, xz or zstd)",
         ),
+        ("vzfs template create app --from downloaded.tar --max-size 2G", "one that shall not fill the disk"),
         ("docker export app | vzfs template create app --from - --no-devices", "unpack standard input"),
     ],
 )
@@ -72,6 +88,12 @@ def template() -> None:
     "--include", metavar="PACKAGE[,PACKAGE]", multiple=True, help="Packages debootstrap adds; may be repeated."
 )
 @click.option("--no-devices", is_flag=True, help="Refuse a source that holds device nodes.")
+@click.option(
+    "--max-size",
+    metavar="SIZE",
+    callback=_bytes,
+    help="How much data it may have, in bytes or with K, M, G or T.  [default: what is free in the store, less 5 %]",
+)
 @json_option
 @click.pass_context
 def create(
@@ -82,6 +104,7 @@ def create(
     variant: str | None,
     include: tuple[str, ...],
     no_devices: bool,
+    max_size: int | None,
 ) -> None:
     """Make template NAME from SOURCE and seal it.
 
@@ -98,7 +121,7 @@ def create(
             remedy="leave them out, or use --from debootstrap:SUITE",
         )
     packages = tuple(package for group in include for package in group.split(",") if package)
-    options = SourceOptions(mirror=mirror, include=packages, allow_devices=not no_devices)
+    options = SourceOptions(mirror=mirror, include=packages, allow_devices=not no_devices, max_size=max_size)
     if variant:
         options = replace(options, variant=None if variant == DEBOOTSTRAP_DEFAULT else variant)
     with progress_bar() as progress:
@@ -121,17 +144,21 @@ def create(
 @click.pass_context
 def list_templates(ctx: click.Context) -> None:
     """List the templates of the store."""
-    infos = [found.info() for found in existing_store(ctx).templates()]
+    infos = [found.summary() for found in existing_store(ctx).templates()]
     if wants_json(ctx):
         print_json(infos)
         return
     print_table(
         ("NAME", "ENTRIES", "SIZE", "CREATED", "USED BY"),
-        [
-            (info.name, f"{info.entries:,}", size(info.size), moment(info.created), " ".join(info.used_by) or "-")
-            for info in infos
-        ],
+        [_row(info) for info in infos],
     )
+
+
+def _row(info: TemplateInfo) -> tuple[str, ...]:
+    users = " ".join(info.used_by) or "-"
+    if info.problem is not None:
+        return info.name, "-", "-", f"damaged: {info.problem}", users
+    return info.name, f"{info.entries:,}", size(info.size), moment(info.created), users
 
 
 @template.command(examples=[("vzfs template show debian-12", "all that is known of it")])
@@ -150,6 +177,7 @@ def show(ctx: click.Context, name: str) -> None:
             ("name", info.name),
             ("path", str(found.path)),
             ("source", info.source),
+            ("digest", dash(info.digest)),
             ("created", moment(info.created)),
             ("entries", f"{info.entries:,} ({info.files:,} files, {info.directories:,} directories)"),
             ("data", size(info.size)),

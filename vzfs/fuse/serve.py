@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.cgroup import leave_cgroup
@@ -28,11 +29,11 @@ from vzfs.fuse.passage import let_pass
 from vzfs.fuse.state import DURABLE, OPEN, State
 from vzfs.fuse.table import vzfs_mount
 from vzfs.store import sys
-from vzfs.store.conf import OSTEMPLATE, Conf
-from vzfs.store.container import remember_user
+from vzfs.store.granted import Granted
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
-from vzfs.store.magic import valid_template_name
+from vzfs.store.ownfile import open_own
+from vzfs.store.users import remember_user
 from vzfs.tree.area import Sync
 from vzfs.tree.durable import Words
 from vzfs.tree.tree import Tree
@@ -114,14 +115,17 @@ def serve(order: Order, report_fd: int = -1) -> None:
                 let_pass(mountpoint.parent, order.userns_uid)
             _prepare_mountpoint(mountpoint, made, mkdir=order.mkdir)
         _set_up_process()
-        template = _template_of(container)
+        granted = _granted(container, layout)
         served = _adopt(order, mountpoint) if resumed else _mount(order, container, mountpoint)
         ending.callback(log.info, "unmounted %s", mountpoint)
         ending.callback(served.end)
         holder = replace(holder, engine=served.engine, device=served.device, state=served.state.fd, lock=lock.fileno())
         lock.describe(holder)
         run = _run_direct if served.engine == "direct" else _run_portable
-        remember_user(layout, template, container)
+        for name in granted.names:
+            remember_user(layout, name, container)
+        if not order.read_only:
+            granted.note_digests()
 
         def ready() -> None:
             lock.describe(replace(holder, doing="serves"))
@@ -245,7 +249,7 @@ def _set_up_log(order: Order) -> None:
         handler = logging.handlers.SysLogHandler(JOURNAL_SOCKET)
     else:
         try:
-            handler = logging.FileHandler(order.log)
+            handler = logging.StreamHandler(_open_log(order))
         except OSError as error:
             raise UsageError(
                 f"can't write the log {order.log}: {error.strerror}", remedy="choose another with --log"
@@ -254,6 +258,17 @@ def _set_up_log(order: Order) -> None:
     handler.setFormatter(logging.Formatter(f"{stamp}vzfs[%(process)d] {order.container}: %(levelname)s %(message)s"))
     handler.addFilter(_is_news)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _open_log(order: Order) -> TextIO:
+    """The log, to be appended to: in the container a file or nothing, elsewhere whatever the caller chose, too."""
+    path, flags = Path(order.log), os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    if path.parent == Path(order.container):
+        fd = open_own(path, flags, mode=0o644)
+    else:
+        # A FIFO that nobody reads is refused rather than waited for.
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+    return open(fd, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -316,14 +331,17 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _template_of(container: Path) -> str:
-    name = Conf.load(container / CONF).get(OSTEMPLATE)
-    if not valid_template_name(name):
+def _granted(container: Path, layout: Layout) -> Granted:
+    """What the container may use; the template of its root is there and the right one."""
+    try:
+        granted = Granted(layout, container)
+    except FileNotFoundError as error:
         raise DamagedError(
-            f"{container / CONF} names no template: OSTEMPLATE is {name!r}",
-            remedy="set it to the one that the container was made from; vzfs template list shows all",
-        )
-    return name
+            f"container {container} is damaged: its {CONF} is missing",
+            remedy="bring it back from a backup, or destroy the container",
+        ) from error
+    granted.open(granted.os_template).close()
+    return granted
 
 
 def _open_tree(

@@ -8,16 +8,24 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 from pathlib import Path
 
-from vzfs.errors import DamagedError, UsageError
+from vzfs.errors import UsageError
+from vzfs.store.ownfile import read_own
 
 OSTEMPLATE = "OSTEMPLATE"
 TEMPLATES = "TEMPLATES"
+OSTEMPLATE_DIGEST = "OSTEMPLATE_DIGEST"
+TEMPLATE_DIGESTS = "TEMPLATE_DIGESTS"
 VE_ROOT = "VE_ROOT"
 NAME = "NAME"
 USERNS_UID = "USERNS_UID"
 """The user whom the root of the container's user namespace is mapped to; may pass to its mount point."""
+
+NEW_MODE = 0o644
+SIZE_MAX = 1 << 20
+"""Bytes of a conf: a thousand times what one has."""
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*?)\s*")
@@ -33,17 +41,33 @@ class Conf:
 
     @staticmethod
     def load(path: Path) -> Conf:
-        """Read the file at ``path``; raises ``DamagedError`` when it is no text, ``FileNotFoundError``."""
-        try:
-            return Conf(path, path.read_bytes().decode("utf-8", "surrogateescape"))
-        except (IsADirectoryError, NotADirectoryError) as error:
-            raise DamagedError(
-                f"{path} is not a configuration file", remedy="put the container's conf there"
-            ) from error
+        """Read the file at ``path``; raises ``DamagedError`` when it can't be one, ``FileNotFoundError``."""
+        return Conf(path, read_own(path, SIZE_MAX).decode("utf-8", "surrogateescape"))
 
     def get(self, key: str, default: str = "") -> str:
         """Value of ``key``, the last line that sets it winning."""
         return self.as_dict().get(key, default)
+
+    def templates(self) -> list[str]:
+        """Names of the templates that the container may use, each once, that of its root first (``""``: not said)."""
+        return list(dict.fromkeys([self.get(OSTEMPLATE), *self.get(TEMPLATES).split()]))
+
+    def digests(self) -> dict[str, str]:
+        """The digests that the templates must have, by name, as far as they are said."""
+        pairs = (word.partition("=") for word in self.get(TEMPLATE_DIGESTS).split())
+        found = {name: digest for name, _, digest in pairs}
+        if self.get(OSTEMPLATE_DIGEST):
+            found[self.get(OSTEMPLATE)] = self.get(OSTEMPLATE_DIGEST)
+        return found
+
+    def set_digests(self, digests: dict[str, str]) -> None:
+        """Say which digests the templates must have."""
+        own = self.get(OSTEMPLATE)
+        if own in digests:
+            self.set(OSTEMPLATE_DIGEST, digests[own])
+        others = " ".join(f"{name}={digest}" for name, digest in digests.items() if name != own)
+        if others:
+            self.set(TEMPLATE_DIGESTS, others)
 
     def as_dict(self) -> dict[str, str]:
         """All settings."""
@@ -71,6 +95,7 @@ class Conf:
         staged = self.path.with_name(f".{self.path.name}-{secrets.token_hex(4)}")
         try:
             with open(staged, "xb") as file:
+                self._keep_owner(file.fileno())
                 file.write(self.text().encode("utf-8", "surrogateescape"))
                 file.flush()
                 os.fsync(file.fileno())
@@ -78,6 +103,16 @@ class Conf:
         except BaseException:
             staged.unlink(missing_ok=True)
             raise
+
+    def _keep_owner(self, fd: int) -> None:
+        """The new file is whose the old one is, and its mode."""
+        try:
+            before = os.lstat(self.path)
+        except FileNotFoundError:
+            os.fchmod(fd, NEW_MODE)
+            return
+        os.fchown(fd, before.st_uid, before.st_gid)
+        os.fchmod(fd, stat.S_IMODE(before.st_mode) & 0o777)
 
     @staticmethod
     def _parse(line: str) -> tuple[str, str] | None:

@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import secrets
-import stat
 import time
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from vzfs.store import sys
 from vzfs.store.conf import NAME, OSTEMPLATE, TEMPLATES, USERNS_UID, VE_ROOT, Conf
 from vzfs.store.layout import CONF, COW, DUMP, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
 from vzfs.store.lock import Holder, Lock, make_lock
-from vzfs.store.opened import OpenTemplate
+from vzfs.store.opened import OpenTemplate, template_names
+from vzfs.store.shape import WORK_PREFIXES, container_paths, is_container
+from vzfs.store.users import forget_user, remember_user
 
 CtId = int | str | os.PathLike[str]
 """What names a container: its number, its path (anything with a ``/``), or the ``NAME`` in its conf."""
@@ -28,7 +29,6 @@ CtId = int | str | os.PathLike[str]
 NO_UID = (1 << 32) - 1
 """What says "no user" where a uid is expected (chown(2))."""
 _NUMBER = re.compile(r"[1-9][0-9]{0,9}")
-_WORK_PREFIXES = (".new-", ".old-")
 _ABANDONED_S = 3600.0
 """Age in seconds from which a work folder counts as abandoned: one takes milliseconds to make, minutes to remove."""
 
@@ -66,7 +66,7 @@ def named_containers(layout: Layout, name: str) -> list[Path]:
 def existing_container(layout: Layout, ct: CtId) -> Path:
     """Where the container ``ct`` lies. Raises ``NotFoundError`` when nothing there is a container."""
     path = container_path(layout, ct)
-    if not (path / CONF).is_file() or not (path / PRIVATE_AREA).is_dir():
+    if not is_container(layout, path):
         if os.path.lexists(path):
             raise NotFoundError(
                 f"what is at {path} is no container: it lacks {CONF} or {PRIVATE_AREA}",
@@ -77,19 +77,6 @@ def existing_container(layout: Layout, ct: CtId) -> Path:
             remedy=f"make it with: vzfs create {ct} --template NAME; vzfs list shows all",
         )
     return path
-
-
-def container_paths(layout: Layout) -> list[Path]:
-    """The containers in the store's own folder, numbers first and in their order."""
-    try:
-        names = os.listdir(layout.containers)
-    except FileNotFoundError:
-        return []
-    found = [layout.containers / name for name in names if not name.startswith(_WORK_PREFIXES)]
-    return sorted(
-        (path for path in found if (path / CONF).is_file()),
-        key=lambda path: (not path.name.isdecimal(), int(path.name) if path.name.isdecimal() else 0, path.name),
-    )
 
 
 def known_containers(layout: Layout) -> list[Path]:
@@ -192,6 +179,7 @@ def _fill(folder: Path, template: OpenTemplate, settings: dict[str, str | None])
     for key, value in settings.items():
         if value is not None:
             conf.set(key, value)
+    conf.set_digests({template.name: template.digest})
     (folder / CONF).write_text(conf.text())
     make_lock(folder)
 
@@ -208,15 +196,19 @@ def _appear(staged: Path, path: Path) -> None:
 
 def destroy_container(layout: Layout, path: Path) -> None:
     """Remove the container at ``path`` and all that is in it. Raises ``BusyError`` while it is mounted."""
-    lock = Lock.acquire(path, Holder(os.getpid(), "destroys", time.time()))
-    try:
-        template = Conf.load(path / CONF).get(OSTEMPLATE)
+    with contextlib.ExitStack() as held:
+        try:
+            held.callback(Lock.acquire(path, Holder(os.getpid(), "destroys", time.time())).release)
+        except DamagedError:
+            pass  # what is no file can't be held by anybody; the rename lets one of two destroyers win
         doomed = path.with_name(f".old-{path.name}-{secrets.token_hex(4)}")
-        os.rename(path, doomed)
-        forget_user(layout, template, path)
+        try:
+            os.rename(path, doomed)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"there is no container at {path}", remedy="vzfs list shows all") from error
+        for template in template_names(layout):  # its conf needn't be readable
+            forget_user(layout, template, path)
         _remove(doomed)
-    finally:
-        lock.release()
     for folder in (layout.mounts / path.name, layout.userns / path.name / "root", layout.userns / path.name):
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -235,56 +227,10 @@ def _clear_work_folders(layout: Layout) -> None:
     for name in os.listdir(layout.containers):
         path = layout.containers / name
         with contextlib.suppress(OSError):  # another process removes it as well
-            if name.startswith(_WORK_PREFIXES) and time.time() - path.lstat().st_ctime > _ABANDONED_S:
+            if name.startswith(WORK_PREFIXES) and time.time() - path.lstat().st_ctime > _ABANDONED_S:
                 _remove(path)
-
-
-# ------------------------------------------------------------------------------------------------- users of templates
-
-
-def template_users(layout: Layout, template: str) -> list[Path]:
-    """Containers that need ``template``, those elsewhere that were made or mounted with this store among them."""
-    candidates = container_paths(layout)
-    folder = layout.template(template).meta / "users"
-    with contextlib.suppress(FileNotFoundError):
-        candidates += sorted(Path(os.readlink(folder / link)) for link in os.listdir(folder))
-    users = []
-    for path in candidates:
-        with contextlib.suppress(OSError):
-            conf = Conf.load(path / CONF)
-            if template in (conf.get(OSTEMPLATE), *conf.get(TEMPLATES).split()):
-                users.append(path)
-    return users
-
-
-def remember_user(layout: Layout, template: str, path: Path) -> None:
-    """Note that the container at ``path``, if it lies outside the store's folder, needs ``template``."""
-    if path.parent == layout.containers:
-        return
-    link = _user_link(layout, template, path)
-    link.parent.mkdir(mode=OWN_FOLDER_MODE, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        link.symlink_to(path)
-
-
-def forget_user(layout: Layout, template: str, path: Path) -> None:
-    """The reverse of ``remember_user``."""
-    with contextlib.suppress(OSError, UsageError):
-        _user_link(layout, template, path).unlink()
-
-
-def _user_link(layout: Layout, template: str, path: Path) -> Path:
-    return layout.template(template).meta / "users" / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
 
 
 def _mark(path: Path) -> str:
     """A few characters by which ``path`` differs from others."""
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-
-
-def is_directory(path: Path) -> bool:
-    """Whether ``path`` is a directory itself, not a link to one."""
-    try:
-        return stat.S_ISDIR(path.lstat().st_mode)
-    except FileNotFoundError:
-        return False

@@ -27,12 +27,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vzfs.errors import DamagedError
 from vzfs.store import magic, sys
-from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.granted import Granted
 from vzfs.store.index import Attributes, Index
-from vzfs.store.layout import CONF, COW, LINKS, RESERVED_PREFIX, Layout
-from vzfs.store.opened import OpenTemplate, open_index
+from vzfs.store.layout import RESERVED_PREFIX, Layout
+from vzfs.store.opened import OpenTemplate
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import read_own_xattrs, read_record
 from vzfs.store.survey import (
@@ -43,6 +42,7 @@ from vzfs.store.survey import (
     Templates,
     Thing,
     identify,
+    open_links,
     open_private_area,
     root_folder,
 )
@@ -84,40 +84,27 @@ def diff_container(layout: Layout, path: Path, *, content: bool = False) -> Iter
     Lines are compared of regular files up to ``CONTENT_MAX`` bytes in UTF-8 without NUL. What a program changes while
     this runs is reported as it was or as it is. Raises ``DamagedError``, ``NotFoundError`` (its template).
     """
-    name = Conf.load(path / CONF).get(OSTEMPLATE)
-    if not magic.valid_template_name(name):
-        raise DamagedError(
-            f"{path / CONF} names no template", remedy=f'put the line {OSTEMPLATE}="NAME" there; vzfs template list'
-        )
-    open_index(layout, name)  # says now, not at the first change, what is wrong with it
+    granted = Granted(layout, path)
+    granted.open(granted.os_template).close()  # says now, not at the first change, what is wrong with it
     root_fd = open_private_area(path)
-    return _changes(layout, path, name, root_fd, content=content)
+    return _changes(granted, path, root_fd, content=content)
 
 
-def _changes(layout: Layout, path: Path, name: str, root_fd: int, *, content: bool) -> Iterator[Change]:
+def _changes(granted: Granted, path: Path, root_fd: int, *, content: bool) -> Iterator[Change]:
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, root_fd)
-        templates = Templates(layout)
+        templates = Templates(granted.open)
         stack.callback(templates.close)
-        template = templates.get(name)
+        template = templates.get(granted.os_template)
         assert template is not None
         survey = Survey(path, templates, template)
         survey.read(root_fd)
-        links_fd = _open_links(path)
+        links_fd = open_links(path)
         if links_fd >= 0:
             stack.callback(os.close, links_fd)
         differ = _Differ(template, survey, links_fd, content=content)
         stack.callback(differ.close)
         yield from differ.run(root_fd)
-
-
-def _open_links(path: Path) -> int:
-    try:
-        return os.open(
-            os.fsencode(path / COW) + b"/" + LINKS, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return -1
 
 
 # ------------------------------------------------------------------------------------------------------------- things

@@ -22,6 +22,8 @@ LOCK = "lock"
 PRIVATE_AREA = "private"
 COW = "cow"
 DUMP = "dump"
+LAYERS = "layers"
+LOG = "vzfs.log"
 STAGE = b"stage"
 LINKS = b"links"
 ORPHANS = b"orphans"
@@ -59,6 +61,11 @@ class TemplatePaths:
     @property
     def index(self) -> Path:
         return self.meta / "index"
+
+    @property
+    def checked(self) -> Path:
+        """What ``vzfs.store.seal`` notes of the index."""
+        return self.meta / "checked"
 
     @property
     def links(self) -> Path:

@@ -15,9 +15,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vzfs.errors import BusyError, UnsupportedError
+from vzfs.errors import BusyError, NotFoundError, UnsupportedError
 from vzfs.store import sys
 from vzfs.store.layout import LOCK
+from vzfs.store.ownfile import open_own
 
 ROOM = 4096
 """Bytes of disk that an unheld, empty lock keeps: who is to make room on a full disk must be able to mount."""
@@ -54,17 +55,10 @@ class Lock:
     def acquire(container: Path, holder: Holder) -> Lock:
         """Take the lock of the container at ``container`` or raise ``BusyError`` naming its holder.
 
-        Raises ``UnsupportedError`` where nothing can be written: the lock must say who holds it.
+        Raises ``UnsupportedError`` where nothing can be written: the lock must say who holds it; ``DamagedError`` when
+        it is no file; ``NotFoundError``, ``BusyError`` when the container was removed or replaced meanwhile.
         """
-        try:
-            fd = os.open(container / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno != errno.EROFS:
-                raise
-            raise UnsupportedError(
-                f"{container} lies on a read-only file system, and its lock can't be taken",
-                remedy="make that file system writable, or copy the container to one that is",
-            ) from error
+        fd = _open(container)
         for _ in range(PROBE_TRIES):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,6 +68,7 @@ class Lock:
                     break
                 time.sleep(0.01)  # somebody was only asking who holds it
             else:
+                _refuse_other_file(container, fd)
                 lock = Lock(fd)
                 lock.describe(holder)
                 return lock
@@ -97,6 +92,35 @@ class Lock:
         os.close(self._fd)
 
 
+def _open(container: Path) -> int:
+    try:
+        return open_own(container / LOCK, os.O_RDWR | os.O_CREAT)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no container at {container}", remedy="vzfs list shows all") from error
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        raise UnsupportedError(
+            f"{container} lies on a read-only file system, and its lock can't be taken",
+            remedy="make that file system writable, or copy the container to one that is",
+        ) from error
+
+
+def _refuse_other_file(container: Path, fd: int) -> None:
+    """Close ``fd`` and raise unless it still is the container's lock: that of a removed one locks nothing, and whoever
+    takes it for the lock works on whatever has been put there since."""
+    try:
+        now = os.lstat(container / LOCK)
+    except OSError as error:
+        os.close(fd)
+        raise NotFoundError(
+            f"the container at {container} was removed meanwhile", remedy="vzfs list shows all"
+        ) from error
+    if not os.path.samestat(now, os.fstat(fd)):
+        os.close(fd)
+        raise BusyError(f"the container at {container} was replaced by another meanwhile", remedy="try again")
+
+
 def make_lock(container: Path) -> None:
     """Make the lock of a new container, held by nobody."""
     fd = os.open(container / LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -114,9 +138,9 @@ def _busy(container: Path, holder: Holder | None) -> str:
 
 
 def read_holder(container: Path) -> Holder | None:
-    """Who holds the container's lock now, or ``None``."""
+    """Who holds the container's lock now, or ``None``. Raises ``DamagedError`` when it is no file."""
     try:
-        fd = os.open(container / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_own(container / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
@@ -129,9 +153,12 @@ def read_holder(container: Path) -> Holder | None:
 
 
 def last_holder(container: Path) -> Holder | None:
-    """Who holds the container's lock, or held it when it died without releasing it; ``None`` if nobody did."""
+    """Who holds the container's lock, or held it when it died without releasing it; ``None`` if nobody did.
+
+    Raises ``DamagedError`` when it is no file.
+    """
     try:
-        fd = os.open(container / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_own(container / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
@@ -142,7 +169,23 @@ def last_holder(container: Path) -> Holder | None:
 
 def _told(fd: int) -> Holder | None:
     """The holder that the lock's text names, if it is one."""
-    with contextlib.suppress(ValueError, TypeError):
-        # The first line only: behind a shorter one that was just written lies the rest of a longer one.
-        return Holder(**json.loads(os.pread(fd, 65536, 0).partition(b"\n")[0]))
-    return None
+    # The first line only: behind a shorter one that was just written lies the rest of a longer one.
+    return _parse(os.pread(fd, ROOM, 0).partition(b"\n")[0])
+
+
+def _parse(line: bytes) -> Holder | None:
+    """The holder that a lock's text tells of; ``None`` for a text that says nothing of the kind."""
+    try:
+        told = json.loads(line)
+        holder = Holder(**told)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    texts = (holder.mountpoint, holder.engine, holder.device)
+    sound = (
+        isinstance(holder.doing, str)
+        and isinstance(holder.since, int | float)
+        and isinstance(holder.read_only, bool)
+        and all(isinstance(text, str | None) for text in texts)
+        and all(type(number) is int and number >= 0 for number in (holder.pid, holder.state or 0, holder.lock or 0))
+    )
+    return holder if sound else None

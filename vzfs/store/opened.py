@@ -12,6 +12,7 @@ from vzfs.store.faults import step
 from vzfs.store.index import Attributes, Index
 from vzfs.store.layout import ORIGIN_XATTR, Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import MagicLink, valid_template_name
+from vzfs.store.seal import open_sealed
 from vzfs.store.view import View
 
 SPLIT_XATTR = "trusted.vzfs.split"
@@ -33,7 +34,15 @@ def _exists(paths: TemplatePaths) -> bool:
 
 
 def open_index(layout: Layout, name: str) -> Index:
-    """Map the index of template ``name``. Raises ``NotFoundError``, ``DamagedError``."""
+    """Map the index of template ``name``, examined as a whole if it wasn't before (``vzfs.store.seal``).
+
+    Raises ``NotFoundError``, ``DamagedError``.
+    """
+    return open_sealed(template_paths(layout, name)).index
+
+
+def template_paths(layout: Layout, name: str) -> TemplatePaths:
+    """Where the template ``name`` lies, sound or damaged. Raises ``NotFoundError`` when there is none."""
     paths = layout.template(name)
     if not _exists(paths):
         known = ", ".join(template_names(layout)) or "none"
@@ -41,19 +50,23 @@ def open_index(layout: Layout, name: str) -> Index:
             f"there is no template {name!r} in {layout.root}",
             remedy=f"there are: {known}; make one with: vzfs template create {name} --from SOURCE",
         )
-    return Index(paths.index)
+    return paths
 
 
 class OpenTemplate:
-    """One template in use. Node and inode number of its entry ``n`` is ``base + leader[n]``."""
+    """One template in use. Node and inode number of its entry ``n`` is ``base + leader[n]``.
 
-    __slots__ = ("_farm_fd", "_plain_fd", "_root_fd", "base", "end", "index", "name")
+    ``digest`` says what is in it (``vzfs.store.seal``).
+    """
+
+    __slots__ = ("_farm_fd", "_plain_fd", "_root_fd", "base", "digest", "end", "index", "name")
 
     def __init__(self, layout: Layout, name: str, view: View | None = None) -> None:
         """Links are planted through ``view``, if given, as the directories must be in which they are."""
-        paths = layout.template(name)
+        paths = template_paths(layout, name)
         self.name = name
-        self.index = open_index(layout, name)
+        sealed = open_sealed(paths)
+        self.index, self.digest = sealed.index, sealed.digest
         self.base = self.index.ino_base
         self.end = self.base + self.index.count
         self._plain_fd = os.open(paths.tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vzfs.errors import DamagedError, VzfsError
 from vzfs.store import magic, sys
-from vzfs.store.layout import COW, LINKS, ORIGIN_XATTR, PRIVATE_AREA, Layout
+from vzfs.store.layout import COW, LINKS, ORIGIN_XATTR, PRIVATE_AREA
 from vzfs.store.opened import OpenTemplate
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
@@ -36,19 +36,22 @@ _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP)
 
 
 class Templates:
-    """The templates that a container's links name, each opened once; ``failures`` says why one could not be."""
+    """The templates that a container's links name, each opened once; ``failures`` says why one could not be.
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    ``load`` opens one, as ``Granted.open`` does.
+    """
+
+    def __init__(self, load: Callable[[str], OpenTemplate]) -> None:
+        self._load = load
         self._open: dict[str, OpenTemplate | None] = {}
         self.failures: dict[str, VzfsError] = {}
 
     def get(self, name: str) -> OpenTemplate | None:
-        """The template ``name``, ``None`` when it is missing or damaged."""
+        """The template ``name``, ``None`` when it is missing, damaged or not allowed."""
         if name not in self._open:
             self._open[name] = None
             try:
-                self._open[name] = OpenTemplate(self._layout, name)
+                self._open[name] = self._load(name)
             except VzfsError as error:
                 self.failures[name] = error
         return self._open[name]
@@ -441,11 +444,27 @@ def open_private_area(container: Path) -> int:
         ) from error
 
 
-def _record_names(container: Path) -> set[bytes]:
+def open_links(container: Path) -> int:
+    """A descriptor of the container's ``cow/links``, -1 where there is no such folder."""
+    top = os.open(container, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return set(os.listdir(os.fsencode(container / COW) + b"/" + LINKS))
-    except (FileNotFoundError, NotADirectoryError):
+        return sys.openat2(top, COW.encode() + b"/" + LINKS, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # ELOOP: something is a symbolic link
+            return -1
+        raise
+    finally:
+        os.close(top)
+
+
+def _record_names(container: Path) -> set[bytes]:
+    fd = open_links(container)
+    if fd < 0:
         return set()
+    try:
+        return set(map(os.fsencode, os.listdir(fd)))
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -23,20 +23,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vzfs.errors import BusyError, ExistsError, FullError, SourceError
+from vzfs.errors import BusyError, DamagedError, ExistsError, FullError, SourceError
 from vzfs.store import sys
-from vzfs.store.index import (
-    INO_START,
-    Attributes,
-    EntryData,
-    Index,
-    Meta,
-    link_groups,
-    write_index,
-)
+from vzfs.store.escape import printable
+from vzfs.store.index import INO_START, Attributes, Index, Meta
+from vzfs.store.index_check import find_fault
+from vzfs.store.index_write import EntryData, link_groups, write_index
 from vzfs.store.layout import (
     LINK_BUCKET,
-    ORIGIN_XATTR,
     OWN_FOLDER_MODE,
     RESERVED_PREFIX,
     Layout,
@@ -44,9 +38,10 @@ from vzfs.store.layout import (
     farm_entry,
 )
 from vzfs.store.magic import TARGET_MAX, MagicLink
-from vzfs.store.opened import open_index, template_names
+from vzfs.store.opened import open_index, template_names, template_paths
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
+from vzfs.store.seal import open_sealed
 from vzfs.store.sources import SourceOptions, populate
 
 _INO_ALIGN = 1 << 16
@@ -56,12 +51,15 @@ _NEVER_READ_NS = 4_102_444_800 * 10**9
 """Access time of a prepared link, the year 2100: so reading it, as each look-up in an unfolded directory does, writes
 none (``relatime``, mount(8)); that took a quarter of such a look-up."""
 _WORK = re.compile(r"\.(new|old)-(.+)-[0-9a-f]{8}")
-_ESCAPES = re.compile(rb"[^\x21-\x5b\x5d-\x7e]")
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateInfo:
-    """What there is to know of a template; sizes in bytes, ``created`` in seconds since 1970."""
+    """What there is to know of a template; sizes in bytes, ``created`` in seconds since 1970.
+
+    ``digest`` says what is in it (``vzfs.store.seal``). ``problem`` says why its index can't be used, ``None``: it can;
+    with one, all else but the index's size is empty.
+    """
 
     name: str
     entries: int
@@ -73,6 +71,8 @@ class TemplateInfo:
     ino_base: int
     index_size: int
     used_by: list[str]
+    digest: str | None = None
+    problem: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------- making
@@ -93,7 +93,6 @@ def create_template(
     layout.make()
     _clean_up(layout)
     _refuse_existing(paths, name)
-    _refuse_private_area(source)
     try:
         with _work_folder(layout, "new", name) as work:
             tree, meta = work / "tree", work / "meta"
@@ -114,6 +113,8 @@ def create_template(
                 with open(meta / "index", "xb") as file:
                     write_index(file, entries, about)
                     os.fsync(file.fileno())
+                progress("examining the index", 0, None)
+                open_sealed(TemplatePaths(tree, meta))  # so that the first mount needn't examine it
                 _flush(tree)
                 os.rename(tree, paths.tree)
                 os.rename(meta, paths.meta)
@@ -136,15 +137,6 @@ def _refuse_existing(paths: TemplatePaths, name: str) -> None:
         raise ExistsError(
             f"{paths.tree} is in the way and no template of vzfs", remedy="move it away or choose another name"
         )
-
-
-def _refuse_private_area(source: str) -> None:
-    """A private area as such is full of magic links; what it stands for is seen where it is mounted."""
-    with contextlib.suppress(OSError):
-        if ORIGIN_XATTR in os.listxattr(source):
-            raise SourceError(
-                f"{source} is a container's private area", remedy="mount the container, give its mount point"
-            )
 
 
 def _flush(tree: Path) -> None:
@@ -305,13 +297,18 @@ def _make_link_farm(meta: Path, name: str, entries: list[EntryData], progress: P
 def _free_ino_base(layout: Layout, count: int) -> int:
     """The first stretch of ``count`` inode numbers that no template of this store has."""
     base = INO_START
-    for index in sorted(
-        (open_index(layout, name) for name in template_names(layout)), key=lambda index: index.ino_base
-    ):
+    for index in sorted(_headers(layout), key=lambda index: index.ino_base):
         if base + count <= index.ino_base:
             break
         base = -(-(index.ino_base + index.count) // _INO_ALIGN) * _INO_ALIGN
     return base
+
+
+def _headers(layout: Layout) -> Iterator[Index]:
+    """The indexes of all templates whose header can be read: a damaged one must not keep others from being made."""
+    for name in template_names(layout):
+        with contextlib.suppress(DamagedError):
+            yield Index(layout.template(name).index)
 
 
 # -------------------------------------------------------------------------------------------------- telling, removing
@@ -319,7 +316,8 @@ def _free_ino_base(layout: Layout, count: int) -> int:
 
 def template_info(layout: Layout, name: str, used_by: list[str]) -> TemplateInfo:
     """Figures of the template ``name``, which the containers ``used_by`` need."""
-    index = open_index(layout, name)
+    sealed = open_sealed(template_paths(layout, name))
+    index = sealed.index
     kinds = [stat.S_IFMT(index.mode(number)) for number in range(index.count)]
     return TemplateInfo(
         name=name,
@@ -332,24 +330,25 @@ def template_info(layout: Layout, name: str, used_by: list[str]) -> TemplateInfo
         ino_base=index.ino_base,
         index_size=index.size,
         used_by=used_by,
+        digest=sealed.digest,
     )
+
+
+def damaged_info(layout: Layout, name: str, used_by: list[str], problem: str) -> TemplateInfo:
+    """What there is to say of a template whose index can't be used."""
+    size = layout.template(name).index.stat().st_size
+    return TemplateInfo(name, 0, 0, 0, 0, 0.0, "", 0, size, used_by, None, problem)
 
 
 def remove_template(layout: Layout, name: str, used_by: list[str]) -> None:
     """Remove the template ``name``. Raises ``BusyError`` when ``used_by`` names containers, ``NotFoundError``."""
-    paths = layout.template(name)
-    open_index(layout, name)
+    paths = template_paths(layout, name)
     if used_by:
         raise BusyError(f"template {name} is used by {', '.join(used_by)}", remedy="destroy these containers first")
     _clean_up(layout)
     with _work_folder(layout, "old", name) as work:
         os.rename(paths.meta, work / "meta")
         os.rename(paths.tree, work / "tree")
-
-
-def printable(raw: bytes) -> str:
-    """``raw`` with everything but visible ASCII, and the backslash, as ``\\xNN``."""
-    return _ESCAPES.sub(lambda match: b"\\x%02x" % match[0][0], raw).decode("ascii")
 
 
 def dump_template(layout: Layout, name: str) -> Iterator[str]:
@@ -391,8 +390,15 @@ def _dump_line(index: Index, number: int) -> str:
 
 def verify_template(layout: Layout, name: str, progress: Progress = no_progress) -> list[Problem]:
     """Compare the template's files with its index: every name, attribute, extended attribute, link and digest."""
-    index = open_index(layout, name)
-    paths = layout.template(name)
+    paths = template_paths(layout, name)
+    with contextlib.suppress(OSError):
+        paths.checked.unlink()  # a disk that rots changes no times: whoever opens it next examines it, too
+    try:
+        index = Index(paths.index)
+    except DamagedError as error:
+        return [Problem(str(paths.index), "index", error.message)]
+    if fault := find_fault(index):
+        return [Problem(str(paths.index), "index", f"{fault}; so nothing can be compared with it")]
     problems = []
     if not index.intact():
         problems.append(Problem(str(paths.index), "index", "the checksum differs"))

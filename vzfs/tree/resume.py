@@ -10,8 +10,8 @@ import stat
 from pathlib import Path
 
 from vzfs.store import sys
-from vzfs.store.conf import OSTEMPLATE, Conf
-from vzfs.store.layout import CONF, NLINK_XATTR, Layout
+from vzfs.store.granted import Granted
+from vzfs.store.layout import NLINK_XATTR
 from vzfs.store.opened import parse_group_key
 from vzfs.store.survey import Survey, Templates
 from vzfs.tree.area import PrivateArea, list_names
@@ -77,13 +77,13 @@ class Resuming:
         self._table.register(node)
 
 
-def count_doubted(layout: Layout, container: Path, area: PrivateArea, durable: Durable) -> None:
+def count_doubted(granted: Granted, container: Path, area: PrivateArea, durable: Durable) -> None:
     """Count the names of the link group that the predecessor was just counting, if it was, and note the number."""
     if not durable.doubt:
         return
-    templates = Templates(layout)
+    templates = Templates(granted.open)
     try:
-        survey = Survey(container, templates, templates.get(Conf.load(container / CONF).get(OSTEMPLATE)))
+        survey = Survey(container, templates, templates.get(granted.os_template))
         survey.read(area.root_fd)
         for key in list_names(area.links_fd):
             group = parse_group_key(key)

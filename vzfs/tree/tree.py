@@ -24,10 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vzfs.store import sys
-from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.granted import Granted
 from vzfs.store.index import Attributes
-from vzfs.store.layout import CONF, Layout
-from vzfs.store.opened import OpenTemplate
+from vzfs.store.layout import Layout
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.view import View
 from vzfs.tree.area import PrivateArea, Sync, list_names
@@ -86,7 +85,7 @@ class Tree:
         changed: Callable[[int], None] | None = None,
         durable: Words | None = None,
     ) -> None:
-        conf = Conf.load(container / CONF)
+        granted = Granted(layout, container)
         self.lock = threading.RLock()
         self.counters = Counters()
         self._read_only = read_only
@@ -100,10 +99,10 @@ class Tree:
             self._durable = Durable(durable)
             self._pins = Pins(self._durable)
             if resume:
-                count_doubted(layout, container, self._area, self._durable)
+                count_doubted(granted, container, self._area, self._durable)
             self._templates = TemplatesInUse(
-                lambda name: OpenTemplate(layout, name, self._view),
-                conf.get(OSTEMPLATE),
+                lambda name: granted.serve(name, self._view),
+                granted.os_template,
                 set(list_names(self._area.links_fd)),
                 passthrough_above,
             )

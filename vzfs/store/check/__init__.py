@@ -7,9 +7,10 @@ container's folder, as it is; only what was staged or unlinked when a mount died
     orphan             in ``cow/orphans``: unlinked, but in use when the mount died. Removed.
     missing            a folder of the store's own. Made.
     mode               such a folder with another mode or owner. Set.
-    template           conf names none, or one is not in the store. Not mended; links to it are left alone then.
+    template           conf names none, or one that is not in the store, is damaged or another one than conf says; or
+                       links name one that conf doesn't. Not mended; links to it are left alone then.
     name               another container has the same NAME. Not mended.
-    malformed          a magic link, or the name or form of a link group's record. To lost+found.
+    malformed          a magic link, the name or form of a link group's record, a log that is no file. To lost+found.
     dangling           a magic link, or such a record, of a template entry that doesn't exist. To lost+found.
     alias              a magic link to what is elsewhere, too. Directory: to lost+found. File: made a hard link.
     duplicate-origin   two things copied up from one entry, or one beside a link to it: one of them forgets it.
@@ -29,7 +30,7 @@ import time
 from pathlib import Path
 
 from vzfs.store.check.finding import LOST_AND_FOUND, Finding, Report, mend
-from vzfs.store.check.folders import check_conf, check_folders, check_remains
+from vzfs.store.check.folders import check_conf, check_folders, check_log, check_remains
 from vzfs.store.check.ground import Ground
 from vzfs.store.check.groups import check_records, check_unrecorded
 from vzfs.store.check.names import check_name
@@ -78,6 +79,7 @@ def _examine(ground: Ground, *, one_thing_at_a_time: bool = False) -> list[Findi
     """All findings; or only those whose mending doesn't change what the others would be."""
     report = Report()
     check_folders(ground, report)
+    check_log(ground, report)
     known = check_conf(ground, report)
     check_remains(ground, report)
     survey = Survey(ground.path, ground.templates, ground.templates.get(known[0]) if known else None)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vzfs.store import sys
+from vzfs.store.escape import printable
 from vzfs.store.layout import OWN_FOLDER_MODE
 from vzfs.store.problem import Problem
-from vzfs.store.template import printable
 
 LOST_AND_FOUND = "lost+found"
 """Where repairs put what they must not delete, in the container's folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 
@@ -10,11 +11,12 @@ from vzfs.errors import DamagedError
 from vzfs.store import sys
 from vzfs.store.check.finding import LOST_AND_FOUND, Mend, Report
 from vzfs.store.check.ground import Ground
-from vzfs.store.conf import OSTEMPLATE, TEMPLATES, Conf
-from vzfs.store.layout import CONF, COW, DUMP, LINKS, ORPHANS, OWN_FOLDER_MODE, STAGE
+from vzfs.store.conf import OSTEMPLATE, Conf
+from vzfs.store.layout import CONF, COW, DUMP, LAYERS, LINKS, LOG, ORPHANS, OWN_FOLDER_MODE, STAGE
+from vzfs.store.ownfile import kind_of
 
 _NEEDED = (COW, DUMP)
-_POSSIBLE = (*(f"{COW}/{name.decode()}" for name in (STAGE, LINKS, ORPHANS)), LOST_AND_FOUND)
+_POSSIBLE = (*(f"{COW}/{name.decode()}" for name in (STAGE, LINKS, ORPHANS)), LAYERS, LOST_AND_FOUND)
 """Folders that are made when they are needed."""
 
 
@@ -23,17 +25,36 @@ def check_folders(ground: Ground, report: Report) -> None:
     _check_mode(ground, report, ".", os.stat(ground.top_fd))
     for name in (*_NEEDED, *_POSSIBLE):
         try:
-            info = os.lstat(name, dir_fd=ground.top_fd)
+            info = _look_at(ground, name)
         except FileNotFoundError:
             if name in _NEEDED:
                 report(name, "missing", "the folder is missing", _make(ground, name))
             continue
-        except NotADirectoryError:
-            continue  # cow itself is none and told already
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                continue  # cow itself is none and told already
+            raise
         if stat.S_ISDIR(info.st_mode):
             _check_mode(ground, report, name, info)
         else:
             report(name, "missing", "something that is no folder is in its place", _displace(ground, name))
+
+
+def _look_at(ground: Ground, name: str) -> os.stat_result:
+    """What is at ``name`` in the container, seen through no symbolic link."""
+    fd = sys.openat2(ground.top_fd, os.fsencode(name), os.O_PATH | os.O_NOFOLLOW)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def check_log(ground: Ground, report: Report) -> None:
+    """The log, where there is one, is a file: what else has its name is never written to."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(LOG, dir_fd=ground.top_fd).st_mode
+        if not stat.S_ISREG(mode):
+            report(LOG, "malformed", f"is {kind_of(mode)}, not a file", _displace(ground, LOG))
 
 
 def _check_mode(ground: Ground, report: Report, name: str, info: os.stat_result) -> None:
@@ -42,7 +63,7 @@ def _check_mode(ground: Ground, report: Report, name: str, info: os.stat_result)
         return
 
     def mend() -> str:
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=ground.top_fd)
+        fd = sys.openat2(ground.top_fd, os.fsencode(name), os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fchown(fd, 0, 0)
             os.fchmod(fd, OWN_FOLDER_MODE)
@@ -88,7 +109,7 @@ def check_conf(ground: Ground, report: Report) -> list[str]:
     except DamagedError as error:
         report(CONF, "template", error.message, None)
         return []
-    names = list(dict.fromkeys([conf.get(OSTEMPLATE), *conf.get(TEMPLATES).split()]))
+    names = conf.templates()
     if not names[0]:
         report(CONF, "template", f"no line {OSTEMPLATE}=NAME", None)
         return []

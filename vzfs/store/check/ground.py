@@ -6,12 +6,25 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from vzfs.errors import NotFoundError
+from vzfs.errors import DamagedError, NotFoundError
 from vzfs.store.check.finding import LostAndFound, Mend, Report
+from vzfs.store.granted import Granted, NotGrantedError
 from vzfs.store.layout import CONF, COW, OWN_FOLDER_MODE, Layout
+from vzfs.store.opened import OpenTemplate, template_paths
 from vzfs.store.survey import Spot, Templates, open_private_area
 
 PATH_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _loader(layout: Layout, path: Path) -> Callable[[str], OpenTemplate]:
+    """What opens templates for the container. Where its conf can't say which it may use, or names one for its root that
+    isn't there, that is told, and each may be looked into to say what else is wrong."""
+    try:
+        granted = Granted(layout, path)
+        template_paths(layout, granted.os_template)
+    except (FileNotFoundError, DamagedError, NotFoundError):
+        return lambda name: OpenTemplate(layout, name)
+    return granted.open
 
 
 class Ground:
@@ -21,7 +34,7 @@ class Ground:
         self.path = path
         self.root_fd = open_private_area(path)
         self.top_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.templates = Templates(layout)
+        self.templates = Templates(_loader(layout, path))
         self.lost = LostAndFound(self.top_fd)
         self._told: set[str] = set()
 
@@ -33,9 +46,10 @@ class Ground:
         os.close(self.root_fd)
 
     def tell_template(self, name: str, report: Report) -> None:
-        """Note that conf names a template that can't be opened; what lies in it is then nobody's fault."""
+        """Note that a template can't be opened or may not be used; what lies in it is then nobody's fault."""
         self._told.add(name)
-        report(CONF, "template", self.templates.failures[name].message, None)
+        failure = self.templates.failures[name]
+        report(CONF, "template", str(failure) if isinstance(failure, NotGrantedError) else failure.message, None)
 
     def is_absent(self, name: str, report: Report) -> bool:
         """Whether a template that can't be opened simply isn't there, without being told already."""

@@ -12,11 +12,11 @@ import xattr  # type: ignore[import-untyped]
 from vzfs.store import magic, sys
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
+from vzfs.store.escape import printable
 from vzfs.store.layout import ATTR_XATTR, COW, LINKS, NLINK_XATTR, RESERVED_PREFIX, STAGE
 from vzfs.store.opened import SPLIT_XATTR, OpenTemplate, parse_group_key
 from vzfs.store.record import Record
 from vzfs.store.survey import Spot, Survey, read_xattr
-from vzfs.store.template import printable
 
 
 def check_records(ground: Ground, report: Report, survey: Survey) -> None:

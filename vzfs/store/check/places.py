@@ -13,10 +13,10 @@ from vzfs.store import magic, sys
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.check.groups import is_record, make_record
+from vzfs.store.escape import printable
 from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, ORIGIN_XATTR, PRIVATE_AREA
 from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
 from vzfs.store.survey import Folder, Form, Spot, Survey, Thing, identify, read_xattr
-from vzfs.store.template import printable
 
 
 class NameChecker:

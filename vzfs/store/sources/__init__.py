@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from vzfs.errors import SourceError, UnsupportedError, UsageError
 from vzfs.store.progress import Progress, no_progress
 from vzfs.store.sources import archive, attributes, bootstrap, directory
+from vzfs.store.sources.budget import Budget
 from vzfs.store.sources.errors import entry_error
 from vzfs.store.sources.options import SourceOptions
 
@@ -40,16 +41,18 @@ def populate(
     if os.geteuid() != 0:
         raise UnsupportedError("making a template needs root, to keep owners and devices", remedy="use sudo")
     with _target_directory(target) as target_fd:
+        budget = Budget(target_fd, options.max_size)
         if source.startswith(BOOTSTRAP):
             bootstrap.bootstrap(source.removeprefix(BOOTSTRAP), target_fd, options, progress)
+            directory.spend_all(target_fd, budget)
             return
         if options.mirror or options.include or options.keyring:
             raise UsageError("mirror, include and keyring are for a source debootstrap:SUITE only")
         with _opened(source) as source_fd:
             if stat.S_ISDIR(os.fstat(source_fd).st_mode):
-                directory.copy(source_fd, target_fd, options, progress)
+                directory.copy(source_fd, target_fd, options, budget, progress)
             else:
-                archive.unpack(source_fd, target_fd, options, progress)
+                archive.unpack(source_fd, target_fd, options, budget, progress)
 
 
 @contextlib.contextmanager

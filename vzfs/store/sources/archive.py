@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from vzfs.errors import SourceError
 from vzfs.store.acl import is_minimal
 from vzfs.store.progress import Progress
-from vzfs.store.sources import acl
+from vzfs.store.sources import acl, mistaken
 from vzfs.store.sources.attributes import ACL_ACCESS, ACL_DEFAULT, Attributes, is_known, is_reserved
+from vzfs.store.sources.budget import Budget
 from vzfs.store.sources.compression import decompressed
 from vzfs.store.sources.errors import entry_error, refused, shown
 from vzfs.store.sources.options import SourceOptions
@@ -70,7 +71,7 @@ def _learn(known: dict[bytes, int], name: bytes, number: int) -> None:
         known.setdefault(name, number)
 
 
-def unpack(source_fd: int, target_fd: int, options: SourceOptions, progress: Progress) -> None:
+def unpack(source_fd: int, target_fd: int, options: SourceOptions, budget: Budget, progress: Progress) -> None:
     """Write the entries of the archive that ``source_fd`` gives, read forwards only, below the empty ``target_fd``.
 
     Progress counts bytes read, of the file's size if it is one. Raises ``SourceError``, ``FullError``, and
@@ -83,9 +84,10 @@ def unpack(source_fd: int, target_fd: int, options: SourceOptions, progress: Pro
         for member in reader:
             owners.learn(member)
             try:
-                _write(member, reader, sink, owners)
+                _write(member, reader, sink, owners, budget)
             except OSError as error:
                 raise entry_error(error, member.name, target_fd) from error
+        mistaken.refuse_unpacked(target_fd)
         sink.finish()
     finally:
         sink.close()
@@ -109,7 +111,7 @@ def _pieces(source_fd: int, progress: Progress) -> Iterator[bytes]:
         yield piece
 
 
-def _write(member: Member, reader: TarReader, sink: Sink, owners: Owners) -> None:
+def _write(member: Member, reader: TarReader, sink: Sink, owners: Owners, budget: Budget) -> None:
     parts = split(member.name, member.name)
     if member.kind is Kind.LINK:
         sink.link(parts, split(member.link, member.name))
@@ -123,7 +125,7 @@ def _write(member: Member, reader: TarReader, sink: Sink, owners: Owners) -> Non
         xattrs=_xattrs(member, owners),
     )
     if member.kind is Kind.FILE:
-        sink.file(parts, attributes, lambda fd: reader.copy_data(member, fd))
+        sink.file(parts, attributes, lambda fd: reader.copy_data(member, fd, budget))
     elif member.kind is Kind.DIRECTORY:
         sink.directory(parts, attributes)
     elif member.kind is Kind.SYMLINK:

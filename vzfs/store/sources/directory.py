@@ -17,7 +17,9 @@ from vzfs.errors import SourceError, UsageError
 from vzfs.store import sys
 from vzfs.store.progress import Progress
 from vzfs.store.sources import attributes as attrs
+from vzfs.store.sources import mistaken
 from vzfs.store.sources.attributes import Attributes
+from vzfs.store.sources.budget import Budget
 from vzfs.store.sources.errors import XattrError, entry_error, refused, shown
 from vzfs.store.sources.options import SourceOptions
 from vzfs.store.sources.sink import device_refused
@@ -29,7 +31,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-def copy(source_fd: int, target_fd: int, options: SourceOptions, progress: Progress) -> None:
+def copy(source_fd: int, target_fd: int, options: SourceOptions, budget: Budget, progress: Progress) -> None:
     """Copy everything below the directory ``source_fd``, and its own attributes, to the empty directory ``target_fd``.
 
     Progress counts entries, total unknown. Raises ``UsageError`` when one directory contains the other,
@@ -42,7 +44,8 @@ def copy(source_fd: int, target_fd: int, options: SourceOptions, progress: Progr
         )
     if _is_below(source_fd, target_fd):
         raise UsageError("the source directory is the template's own")
-    _Copy(source_fd, target_fd, options, progress).run()
+    mistaken.refuse_image(source_fd)
+    _Copy(source_fd, target_fd, options, budget, progress).run()
 
 
 def _is_below(inner_fd: int, outer_fd: int) -> bool:
@@ -72,10 +75,13 @@ def _open_unseen(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
 
 
 class _Copy:
-    def __init__(self, source_fd: int, target_fd: int, options: SourceOptions, progress: Progress) -> None:
+    def __init__(
+        self, source_fd: int, target_fd: int, options: SourceOptions, budget: Budget, progress: Progress
+    ) -> None:
         self._source = source_fd
         self._target = target_fd
         self._allow_devices = options.allow_devices
+        self._budget = budget
         self._progress = progress
         self._done = 0
         self._first_names: dict[tuple[int, int], bytes] = {}  # of files with several names, by device and inode
@@ -106,6 +112,7 @@ class _Copy:
             self._note_mount_point(path)
             return
         try:
+            mistaken.refuse_part_of_store(source, path)
             self._directories.append((path, attrs.from_stat(os.fstat(source), self._xattrs(source, path))))
             target = sys.openat2(self._target, path or b".", _DIRECTORY)
             try:
@@ -172,10 +179,23 @@ class _Copy:
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=target)
         try:
             if info.st_size:
-                _copy_data(source_fd, fd, info, path)
+                self._copy_data(source_fd, fd, info, path)
             attrs.apply_to_fd(fd, attributes)
         finally:
             os.close(fd)
+
+    def _copy_data(self, source_fd: int, fd: int, info: os.stat_result, path: bytes) -> None:
+        size = data_size(info)
+        if self._budget.is_explicit:
+            self._budget.spend(size, path)
+        try:
+            is_written = sys.copy_data(source_fd, fd, info.st_size)
+        finally:
+            after = os.fstat(source_fd)
+            if (after.st_size, after.st_mtime_ns) != (info.st_size, info.st_mtime_ns):
+                raise _changed(path)
+        if is_written and not self._budget.is_explicit:  # what shares its blocks needs no free space
+            self._budget.spend(size, path)
 
     def _copy_other(self, source: int, target: int, name: bytes, path: bytes) -> None:
         info = os.lstat(name, dir_fd=source)
@@ -234,13 +254,20 @@ class _Copy:
         return values
 
 
-def _copy_data(source_fd: int, fd: int, info: os.stat_result, path: bytes) -> None:
-    try:
-        sys.copy_data(source_fd, fd, info.st_size)
-    finally:
-        after = os.fstat(source_fd)
-        if (after.st_size, after.st_mtime_ns) != (info.st_size, info.st_mtime_ns):
-            raise _changed(path)
+def spend_all(top_fd: int, budget: Budget) -> None:
+    """Count the files that are below the directory ``top_fd`` already. Raises ``FullError``."""
+    counted = set()
+    for folder, _, names, fd in os.fwalk(b".", dir_fd=top_fd):
+        for name in names:
+            info = os.lstat(name, dir_fd=fd)
+            if stat.S_ISREG(info.st_mode) and info.st_ino not in counted:
+                counted.add(info.st_ino)
+                budget.spend(data_size(info), folder.removeprefix(b"./") + b"/" + name)
+
+
+def data_size(info: os.stat_result) -> int:
+    """Bytes of a file without its holes."""
+    return min(info.st_size, info.st_blocks * 512)
 
 
 def _changed(path: bytes) -> SourceError:

@@ -11,7 +11,8 @@ class SourceOptions:
 
     ``mirror`` (URL or absolute path), ``variant`` (``None``: debootstrap's own default), ``include`` (package names)
     and ``keyring`` (absolute path) are for ``debootstrap:SUITE`` only. With ``allow_devices`` false, a device node in a
-    directory or an archive is refused, and those that debootstrap makes in ``/dev`` are removed.
+    directory or an archive is refused, and those that debootstrap makes in ``/dev`` are removed. ``max_size`` is how
+    many bytes its files may have together, ``None``: what is free in the store, less five percent (``budget``).
     """
 
     mirror: str | None = None
@@ -19,3 +20,4 @@ class SourceOptions:
     include: tuple[str, ...] = ()
     allow_devices: bool = True
     keyring: str | None = None
+    max_size: int | None = None

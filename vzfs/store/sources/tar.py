@@ -17,11 +17,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vzfs.errors import SourceError
+from vzfs.store.sources.budget import Budget
 from vzfs.store.sources.errors import refused, shown
 
 _BLOCK = 512
 _END = bytes(_BLOCK)
 _CHUNK = 1 << 20
+_RUN = 32 << 10
+"""Zeros in a row that become a hole: fewer would tear files into more pieces than the space is worth."""
+_BLOCKS = 4096
+"""Bytes from which a file's last zeros become one."""
+_ZEROS = bytes(_RUN)
 
 MAX_EXTENSION = 1 << 20
 """Bytes of one extension header (PAX records, GNU long name). Linux allows a path of 4 KiB, an xattr of 64 KiB."""
@@ -163,16 +169,20 @@ class TarReader:
         while (member := self._next()) is not None:
             yield member
 
-    def copy_data(self, member: Member, fd: int) -> None:
-        """Write the current member's data to the empty file ``fd``, holes as holes. ``OSError``, ``SourceError``."""
-        end = 0
+    def copy_data(self, member: Member, fd: int, budget: Budget) -> None:
+        """Write the current member's data to the empty file ``fd``, holes and long runs of zeros as holes.
+
+        Raises ``OSError``, ``SourceError``, ``FullError`` when it is more than the budget has left.
+        """
+        written = 0
         for offset, length in member.segments:
-            if offset != end:
-                os.lseek(fd, offset, os.SEEK_SET)
             end = offset + length
-            while length:
-                length -= self._copy_some(fd, min(length, _CHUNK))
-        if end != member.size:
+            while offset < end:
+                data = self._some_data(min(end - offset, _CHUNK))
+                budget.spend(len(data), member.name)
+                written = _write_sparse(fd, data, offset) or written
+                offset += len(data)
+        if written != member.size:
             os.ftruncate(fd, member.size)
 
     def drain(self) -> int:
@@ -201,15 +211,12 @@ class TarReader:
         self._unread -= size
         return self._exactly(size)
 
-    def _copy_some(self, fd: int, limit: int) -> int:
+    def _some_data(self, limit: int) -> bytes:
         data = self._stream.some(limit)
         if not data:
             raise self._cut_off()
         self._unread -= len(data)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        return len(data)
+        return data
 
     def _skip(self) -> None:
         left = self._unread + self._padding
@@ -423,6 +430,29 @@ class TarReader:
         if stored != self._unread or len(numbers) % 2:
             raise refused(self._name, "the map of its holes doesn't agree with its stored size")
         return tuple(segment for segment in segments if segment[1])
+
+
+def _write_sparse(fd: int, data: bytes, offset: int) -> int:
+    """Write ``data`` at ``offset`` of a file that has nothing there, runs of zeros left out; gives where the last byte
+    that was written ends, 0 for none."""
+    view = memoryview(data)
+    start = written = 0
+    for at in range(0, len(data), _RUN):
+        run = view[at : at + _RUN]
+        if len(run) >= _BLOCKS and run == _ZEROS[: len(run)]:
+            written = _write_all(fd, view[start:at], offset + start) or written
+            start = at + len(run)
+    return _write_all(fd, view[start:], offset + start) or written
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> int:
+    if not view:
+        return 0
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view = view[done:]
+        offset += done
+    return offset
 
 
 def _verify(block: bytes) -> None:
