@@ -41,6 +41,26 @@ _NONE = 0xFFFFFFFF
 ACL = posix_acl((0x01, 6, _NONE), (0x02, 7, 1234), (0x04, 4, _NONE), (0x10, 7, _NONE), (0x20, 4, _NONE))
 
 
+MACHINE_WIDE = {
+    "test_bench_suite.py",
+    "test_bench_workloads.py",
+    "test_bench_interruption.py",
+    "test_direct.py",
+    "test_handles.py",
+    "test_stats.py",
+}
+"""Files with tests that drop the machine's caches, count requests that a dropped cache would add to, or measure."""
+EACH_ALONE = {
+    "test_crash.py",
+    "test_held.py",
+    "test_kills.py",
+    "test_full_disk.py",
+    "test_stateful.py",
+    "test_hammer.py",
+}
+"""Files whose tests share nothing and take long."""
+
+
 def make_source(top: Path) -> Path:
     """Make at ``top`` a small tree with one of everything that a template can hold; about 70 entries. Gives ``top``."""
     top.mkdir(mode=0o755, parents=True)
@@ -198,8 +218,22 @@ def _serves(pid: int) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out behaviours that say nothing of their target, see ``GROUPS``."""
+    """Leave out behaviours that say nothing of their target, see ``GROUPS``; say what runs in one process."""
     items[:] = [item for item in items if not _says_nothing(item)]
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_together(item)))
+
+
+def _together(item: pytest.Item) -> str:
+    """Tests of one group run one after the other: those that look at what the whole machine caches, and those that
+    share what is dear to make."""
+    file = Path(item.fspath).name
+    if file in MACHINE_WIDE:
+        return "machine"
+    call = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if file in EACH_ALONE:
+        return item.nodeid
+    return f"{file}-{call.get('prepared', '')}"
 
 
 def _says_nothing(item: pytest.Item) -> bool:

@@ -607,6 +607,7 @@ def test_mount_passes_everything_on(store: FakeStore) -> None:
     mount = ["mount", "101", "/mnt/x", "--ro", "--engine", "pyfuse3", "--sync", "full", "--log", "/var/log/x"]
     assert run(*mount).stdout == "/mnt/x\n"
     options = {"read_only": True, "engine": "pyfuse3", "sync": "full", "log": "/var/log/x", "busy_poll_us": 0}
+    options |= {"passthrough_above": None}
     options["mkdir"] = False
     served = dict(options)
     options |= {"timeout": 60.0, "cgroup": "auto"}
@@ -615,6 +616,7 @@ def test_mount_passes_everything_on(store: FakeStore) -> None:
     assert store.cts[0].calls == [("mount", ("/mnt/x", options)), ("serve", ("/mnt/x", served))]
     run("mount", "102", "--engine", "direct", "--busy-poll", "150")
     defaults = {"read_only": False, "engine": "auto", "sync": "data", "log": None, "busy_poll_us": 0}
+    defaults |= {"passthrough_above": None}
     defaults |= {"timeout": 60.0, "mkdir": False, "cgroup": "auto"}
     polling = {**defaults, "engine": "direct", "busy_poll_us": 150}
     assert store.cts[1].calls == [("mount", (None, defaults)), ("mount", (None, polling))]

@@ -313,13 +313,11 @@ def _unmounting(pid: int, device: str, *, lazy: bool) -> Callable[[], bytes]:
         namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
         proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)  # that one may have another /proc, or none
         sys.enter_mounts(namespace)
-        left: list[tuple[str, int]] = []
         with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc), "rb") as file:
             table = {entry.number: entry for entry in parse_table(file.read())}
-        for entry in Space([], table).mounts_of(device):
-            code = _try(entry.mountpoint, device, flags)
-            if code:
-                left.append((entry.mountpoint, code))
+        left = [(entry.mountpoint, 0) for entry in Space([], table).mounts_of(device)]
+        for _ in range(len(left)):  # again, because one may hide another
+            left = [(place, code) for place, _ in left if (code := _try(place, device, flags))]
         return json.dumps(left).encode()
 
     return work
