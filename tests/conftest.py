@@ -19,8 +19,8 @@ import pytest
 
 from tests.engines import EngineStore
 from tests.realuse_helpers import alive, wait_for
+from vzfs import linux as calls
 from vzfs.fuse.table import mount_table
-from vzfs.store import sys as calls
 from vzfs.store.lock import read_holder
 
 SMALL = "small"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from tests.stateful_model import FileSystem, TreeFs, attempt
-from vzfs.store.sys import RENAME_EXCHANGE
+from vzfs.linux import RENAME_EXCHANGE
 
 Step = tuple[str, int, int]
 

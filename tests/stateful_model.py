@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from vzfs.store import sys as calls
+from vzfs import linux as calls
 from vzfs.store.layout import Layout
 from vzfs.tree.area import Sync
 from vzfs.tree.node import ROOT_NUMBER

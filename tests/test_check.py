@@ -18,10 +18,11 @@ from tests.conftest import SMALL, make_source
 from tests.random_changes import Step, make_changes, remove_tree, steps, write
 from tests.stateful_model import TreeFs, snapshot
 from vzfs import BusyError, Container, DamagedError, Store
-from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR, OWN_FOLDER_MODE
+from vzfs.store.layout import OWN_FOLDER_MODE
 from vzfs.store.lock import read_holder
 from vzfs.store.opened import open_index
 from vzfs.store.problem import Problem
+from vzfs.store.xattrs import ATTR_XATTR, FOLDS_XATTR, NLINK_XATTR, ORIGIN_XATTR
 
 
 @pytest.fixture

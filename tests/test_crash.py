@@ -24,10 +24,10 @@ from tests.conftest import SMALL
 from tests.engines import DEFAULT, ENGINES
 from tests.stateful_model import FileSystem, PosixFs, Row, TreeFs, copy_tree, snapshot
 from vzfs import Container, Store
+from vzfs.linux import RENAME_EXCHANGE
 from vzfs.store import opened
 from vzfs.store.faults import VARIABLE, FaultPoints
 from vzfs.store.lock import LOCK, read_holder
-from vzfs.store.sys import RENAME_EXCHANGE
 from vzfs.tree import own, tree
 
 PATIENCE_S = 120.0

@@ -17,8 +17,8 @@ from tests.conftest import SMALL, make_source
 from tests.random_changes import Step, make_changes, remove_tree, steps, write
 from tests.stateful_model import PosixFs, Row, TreeFs, snapshot
 from vzfs import Container, DamagedError, NotFoundError, Store
+from vzfs.linux import RENAME_EXCHANGE
 from vzfs.store.diff import TYPES, WHAT, Change, diff_container
-from vzfs.store.sys import RENAME_EXCHANGE
 from vzfs.store.textdiff import CONTENT_MAX, unified_diff
 
 

@@ -26,8 +26,8 @@ from tests.behaviours.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fal
 from tests.conftest import ACL, LARGE_SIZE, SMALL, SPARSE_SIZE, make_source
 from tests.engines import EngineContainer, EngineStore
 from tests.realuse_helpers import alive, asked, environment, expect, in_child, loop_mounted, run, settled, wait_for
+from vzfs import linux as calls
 from vzfs.fuse.openfiles import REGISTERED
-from vzfs.store import sys as calls
 from vzfs.store.lock import read_holder
 
 KIB, MIB, PAGE = 1 << 10, 1 << 20, mmap.PAGESIZE

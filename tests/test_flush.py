@@ -12,7 +12,7 @@ import pytest
 
 from tests.realuse_helpers import loop_mounted, run, unmount_below
 from vzfs import Container, Store
-from vzfs.store import sys as calls
+from vzfs import linux as calls
 from vzfs.store.flush import flusher, has_own_journal
 from vzfs.tree.node import ROOT_NUMBER
 from vzfs.tree.tree import Tree

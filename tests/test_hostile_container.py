@@ -40,7 +40,7 @@ from tests.realuse_helpers import (
     wait_for,
 )
 from vzfs import Container
-from vzfs.store import sys as calls
+from vzfs import linux as calls
 
 
 def serving(container: Container) -> bool:

@@ -21,8 +21,8 @@ import pytest
 from tests.conftest import SMALL, make_source, posix_acl
 from tests.engines import EngineContainer, EngineStore
 from tests.realuse_helpers import expect, in_child, unmount_below, wait_for
+from vzfs import linux as calls
 from vzfs.errors import BusyError
-from vzfs.store import sys as calls
 
 BASE, COUNT = 100_000, 65_536
 _CLONE_NEWUSER = 0x10000000

@@ -11,7 +11,7 @@ import pytest
 
 from tests.engines import EngineContainer, EngineStore, each_engine
 from tests.realuse_helpers import expect, in_child
-from vzfs.store import sys as calls
+from vzfs import linux as calls
 from vzfs.store.lock import read_holder
 from vzfs.tree.open import OWN_DESCRIPTORS
 

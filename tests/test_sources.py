@@ -22,8 +22,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from vzfs import linux as calls
 from vzfs.errors import FullError, SourceError, UnsupportedError, UsageError
-from vzfs.store import sys as calls
 from vzfs.store.acl import is_minimal
 from vzfs.store.sources import SourceOptions, acl, directory, populate
 

@@ -32,7 +32,7 @@ from tests.conftest import SMALL
 from tests.engines import each_engine
 from tests.stateful_model import FileSystem, Pair, PosixFs, TreeFs, copy_tree, drop_kernel_cache
 from vzfs import Container, Store
-from vzfs.store.sys import RENAME_EXCHANGE, RENAME_NOREPLACE
+from vzfs.linux import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 LONG = os.environ.get("VZFS_HYPOTHESIS_PROFILE") == "long"
 NEW_NAMES = [b"new", b"other", b"\xff\xfe", b"n" * 255]

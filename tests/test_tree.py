@@ -18,8 +18,8 @@ import pytest
 from tests.conftest import LARGE_SIZE, SMALL
 from tests.stateful_model import FileSystem, PosixFs, TreeFs, read_all, snapshot
 from vzfs import Container, Store
-from vzfs.store import sys as calls
-from vzfs.store.layout import ATTR_XATTR, NLINK_XATTR, ORIGIN_XATTR
+from vzfs import linux as calls
+from vzfs.store.xattrs import ATTR_XATTR, NLINK_XATTR, ORIGIN_XATTR
 from vzfs.tree.node import ROOT_NUMBER
 from vzfs.tree.tree import Caller, Changes, Tree
 

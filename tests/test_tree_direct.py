@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 
 from vzfs import Container, Store
-from vzfs.store import sys as calls
+from vzfs import linux as calls
 from vzfs.store.index import LIFETIME_S, Attributes
-from vzfs.store.layout import ORIGIN_XATTR
-from vzfs.store.opened import SPLIT_XATTR
+from vzfs.store.xattrs import ORIGIN_XATTR, SPLIT_XATTR
 from vzfs.tree.listing import END, REAL_OFFSETS
 from vzfs.tree.node import ROOT_NUMBER, Entry
 from vzfs.tree.tree import ROOT, Caller, Changes, Tree

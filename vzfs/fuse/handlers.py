@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
+from vzfs import linux
 from vzfs.fuse import wire
 from vzfs.fuse.client import CAP_FSETID, CAP_SYS_ADMIN, has_capability, in_group
 from vzfs.fuse.device import MAX_WRITE
 from vzfs.fuse.openfiles import OpenFiles
 from vzfs.fuse.state import ANSWERED
 from vzfs.fuse.wire import Opcode
-from vzfs.store import sys
 from vzfs.store.index import LIFETIME_S
 from vzfs.tree.node import Entry, Handle, Kind
 from vzfs.tree.tree import Caller, Changes, Tree
@@ -456,7 +456,7 @@ class Handlers:
     def _allocate(self, node: int, mode: int, offset: int, length: int, client: int) -> bytes:
         with self._descriptor(node, os.O_RDWR) as fd:
             _guard_set_id(fd, client)
-            sys.fallocate(fd, mode, offset, length)
+            linux.fallocate(fd, mode, offset, length)
         return b""
 
     def _lseek(self, node: int, body: memoryview, header: RawHeader) -> Answer:
@@ -561,7 +561,7 @@ class Handlers:
         name = wire.name(body[wire.GETXATTR_IN.size :])
         if self._tree.ready_xattr(node):
             self._words[_INDEX] += 1
-            sys.check_xattr_namespace(name)
+            linux.check_xattr_namespace(name)
             raise OSError(errno.ENODATA, "no extended attributes at all")
         self._words[_STORE] += 1
         return wire.xattr_out(self._tree.getxattr(node, name), room)
@@ -617,7 +617,7 @@ def _left_of(mode: int, gid: int, client: int) -> int:
     Setgid without group execute, once a mark for mandatory locking, stays with who is in the group
     (setattr_should_drop_sgid in fs/attr.c).
     """
-    left = sys.without_set_id(mode)
+    left = linux.without_set_id(mode)
     if left & stat.S_ISGID and not (in_group(client, gid) or has_capability(client, CAP_FSETID)):
         left &= ~stat.S_ISGID
     return left

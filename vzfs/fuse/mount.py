@@ -13,15 +13,14 @@ import os
 import select
 import stat
 import subprocess
-import sys as python
+import sys
 import time
 from pathlib import Path
 
-from vzfs import errors
+from vzfs import errors, linux
 from vzfs.errors import UnsupportedError, VzfsError
 from vzfs.fuse.probe import Answer, ask
 from vzfs.fuse.table import FSTYPE, vzfs_mount
-from vzfs.store import sys
 from vzfs.store.lock import last_holder
 
 log = logging.getLogger(__name__)
@@ -54,9 +53,9 @@ def attach(mountpoint: Path, name: str, *, read_only: bool) -> int:
         ) from error
     root_mode = stat.S_IFDIR | 0o755
     data = f"fd={fd},rootmode={root_mode:o},user_id=0,group_id=0,default_permissions,allow_other"
-    flags = sys.MS_NOATIME | sys.MS_POSIXACL | (sys.MS_RDONLY if read_only else 0)
+    flags = linux.MS_NOATIME | linux.MS_POSIXACL | (linux.MS_RDONLY if read_only else 0)
     try:
-        sys.mount(os.fsencode(name), os.fsencode(mountpoint), FSTYPE.encode(), flags, data.encode())
+        linux.mount(os.fsencode(name), os.fsencode(mountpoint), FSTYPE.encode(), flags, data.encode())
     except OSError as error:
         os.close(fd)
         raise UnsupportedError(f"can't mount at {mountpoint}: {error.strerror}", remedy="see: vzfs doctor") from error
@@ -68,14 +67,14 @@ def detach(mountpoint: Path, device: str) -> None:
     entry = vzfs_mount(mountpoint)
     if entry is not None and entry.device == device:  # else unmounted meanwhile, and perhaps another's place now
         with contextlib.suppress(OSError):
-            sys.umount2(os.fsencode(mountpoint), sys.MNT_DETACH)
+            linux.umount2(os.fsencode(mountpoint), linux.MNT_DETACH)
 
 
 def unmount_dead(mountpoint: Path) -> bool:
     """Take away mounts of vzfs at ``mountpoint`` whose serving process is gone; gives whether there was one."""
     found = False
     while (entry := vzfs_mount(mountpoint)) and ask([(str(mountpoint), entry.device)]) == [Answer.DEAD]:
-        sys.umount2(os.fsencode(mountpoint), sys.MNT_DETACH)
+        linux.umount2(os.fsencode(mountpoint), linux.MNT_DETACH)
         found = True
     return found
 
@@ -90,7 +89,7 @@ def start(order: dict[str, object], timeout_s: float) -> None:
         # The environment finds the same vzfs, installed or not.
         path = os.pathsep.join(filter(None, (str(Path(errors.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))))
         process = subprocess.Popen(
-            [python.executable, "-m", "vzfs.fuse.serve", json.dumps(order), str(write_end)],
+            [sys.executable, "-m", "vzfs.fuse.serve", json.dumps(order), str(write_end)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

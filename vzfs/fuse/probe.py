@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+from vzfs import linux
 from vzfs.fuse.apart import apart
-from vzfs.store import sys
 
 PATIENCE_S = 1.0
 """How long a root may take to answer before it counts as not answering: a healthy one takes under a millisecond."""
@@ -35,7 +35,7 @@ def ask(roots: Sequence[tuple[str, str]], patience_s: float = PATIENCE_S) -> lis
 def _question(path: str, device: str) -> Callable[[], bytes]:
     def asked() -> bytes:
         try:
-            if sys.device_of(path) != device:
+            if linux.device_of(path) != device:
                 return Answer.ELSEWHERE.value
             os.statvfs(path)  # stat would be answered from the kernel's cache
         except OSError as error:

@@ -14,7 +14,7 @@ import logging.handlers
 import os
 import resource
 import signal
-import sys as python
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,13 +22,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from vzfs import linux
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.cgroup import leave_cgroup
 from vzfs.fuse.mount import PASSTHROUGH_ABOVE, attach, detach, source_name, unmount_dead
 from vzfs.fuse.passage import let_pass
 from vzfs.fuse.state import DURABLE, OPEN, State
 from vzfs.fuse.table import vzfs_mount
-from vzfs.store import sys
 from vzfs.store.granted import Granted
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
@@ -280,11 +280,11 @@ def _is_news(record: logging.LogRecord) -> bool:
 def _set_up_process() -> None:
     os.umask(0)  # modes come from the kernel, with the program's umask applied
     _raise_descriptor_limit()
-    python.setrecursionlimit(DEEP)
+    sys.setrecursionlimit(DEEP)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-900")  # its death takes a container's root away
     # Last, the above needs it. With it the kernel would let passed-through writes into reserved blocks and over quota.
-    sys.drop_capability(sys.CAP_SYS_RESOURCE)
+    linux.drop_capability(linux.CAP_SYS_RESOURCE)
 
 
 def _raise_descriptor_limit() -> None:
@@ -396,18 +396,18 @@ def report(fd: int, message: dict[str, object]) -> None:
 
 def main() -> None:
     """Entry point of the detached process: an order in JSON on the command line, the report on descriptor 3."""
-    order = Order(**json.loads(python.argv[1]))
-    report_fd = int(python.argv[2])
+    order = Order(**json.loads(sys.argv[1]))
+    report_fd = int(sys.argv[2])
     try:
         serve(order, report_fd)
     except VzfsError as error:
         log.warning("not served: %s", error)
         report_failure(report_fd, error)
-        python.exit(error.exit_code)
+        sys.exit(error.exit_code)
     except Exception as error:
         log.exception("the serving process failed")
         report_failure(report_fd, VzfsError(f"mounting failed: {error}", remedy=f"see {order.log}"))
-        python.exit(70)
+        sys.exit(70)
 
 
 def report_failure(fd: int, error: VzfsError) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vzfs.store import sys
+from vzfs import linux
 
 FSTYPE = "fuse.vzfs"
 _MOST_LINKS = 40  # as the kernel, path_resolution(7)
@@ -178,7 +178,7 @@ def _uses(pid: int, device: str) -> bool:
         links += [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
     for link in links:
         with contextlib.suppress(OSError):
-            if sys.device_of(link) == device:
+            if linux.device_of(link) == device:
                 return True
     with contextlib.suppress(OSError, ValueError):
         major, minor = (int(part) for part in device.split(":"))

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vzfs import linux
 from vzfs.errors import BusyError, NotMountedError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.apart import apart
 from vzfs.fuse.mount import source_name, unmount_dead
 from vzfs.fuse.probe import Answer, ask
 from vzfs.fuse.table import FSTYPE, MountEntry, Space, beyond, mount_table, parse_table, users
-from vzfs.store import sys
 from vzfs.store.lock import Holder, last_holder, read_holder
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _unmount_here(entry: MountEntry, device: str, *, lazy: bool) -> None:
     try:
         if not _is_at(device, place):
             raise BusyError(f"{place} is hidden below another mount", remedy="unmount that first; findmnt shows it")
-        sys.umount2(os.fsencode(place), sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0))
+        linux.umount2(os.fsencode(place), linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if lazy else 0))
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise BusyError(f"{place} is in use{_used_by(place, device)}", remedy="end them, or use --lazy") from error
@@ -165,7 +165,7 @@ def _unmount_here(entry: MountEntry, device: str, *, lazy: bool) -> None:
 
 def _is_at(device: str, place: str) -> bool:
     try:
-        return sys.device_of(place) == device
+        return linux.device_of(place) == device
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -307,12 +307,12 @@ def _unmounting(pid: int, device: str, *, lazy: bool) -> Callable[[], bytes]:
 
     The processes of that namespace may move things about meanwhile: whatever they do, they do to their own namespace.
     """
-    flags = sys.UMOUNT_NOFOLLOW | (sys.MNT_DETACH if lazy else 0)
+    flags = linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if lazy else 0)
 
     def work() -> bytes:
         namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
         proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)  # that one may have another /proc, or none
-        sys.enter_mounts(namespace)
+        linux.enter_mounts(namespace)
         with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc), "rb") as file:
             table = {entry.number: entry for entry in parse_table(file.read())}
         left = [(entry.mountpoint, 0) for entry in Space([], table).mounts_of(device)]
@@ -327,9 +327,9 @@ def _try(place: str, device: str, flags: int) -> int:
     """Unmount ``place`` if ``device`` is there; the errno, 0 for success."""
     for attempt in range(_AGAIN):
         try:
-            if sys.device_of(place) != device:
+            if linux.device_of(place) != device:
                 return errno.EBUSY  # below another mount
-            sys.umount2(os.fsencode(place), flags)
+            linux.umount2(os.fsencode(place), flags)
         except OSError as error:
             if error.errno != errno.EBUSY or attempt == _AGAIN - 1:
                 return error.errno or errno.EIO

@@ -14,8 +14,8 @@ import secrets
 import time
 from pathlib import Path
 
+from vzfs import linux
 from vzfs.errors import DamagedError, ExistsError, FullError, NotFoundError, UsageError
-from vzfs.store import sys
 from vzfs.store.conf import NAME, OSTEMPLATE, TEMPLATES, USERNS_UID, VE_ROOT, Conf
 from vzfs.store.layout import CONF, COW, DUMP, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
 from vzfs.store.lock import Holder, Lock, make_lock
@@ -187,7 +187,7 @@ def _fill(folder: Path, template: OpenTemplate, settings: dict[str, str | None])
 def _appear(staged: Path, path: Path) -> None:
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        sys.renameat2(parent, os.fsencode(staged.name), parent, os.fsencode(path.name), sys.RENAME_NOREPLACE)
+        linux.renameat2(parent, os.fsencode(staged.name), parent, os.fsencode(path.name), linux.RENAME_NOREPLACE)
     except FileExistsError:
         raise ExistsError(f"{path} exists already", remedy="choose another number or path") from None
     finally:
@@ -217,7 +217,7 @@ def destroy_container(layout: Layout, path: Path) -> None:
 def _remove(path: Path) -> None:
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        sys.remove_tree(parent, os.fsencode(path.name))
+        linux.remove_tree(parent, os.fsencode(path.name))
     finally:
         os.close(parent)
 

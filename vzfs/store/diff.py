@@ -27,10 +27,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vzfs.store import magic, sys
+from vzfs import linux
+from vzfs.store import magic
 from vzfs.store.granted import Granted
 from vzfs.store.index import Attributes, Index
-from vzfs.store.layout import RESERVED_PREFIX, Layout
+from vzfs.store.layout import Layout
 from vzfs.store.opened import OpenTemplate
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import read_own_xattrs, read_record
@@ -47,6 +48,7 @@ from vzfs.store.survey import (
     root_folder,
 )
 from vzfs.store.textdiff import CONTENT_MAX, unified_diff
+from vzfs.store.xattrs import RESERVED_PREFIX
 
 WHAT = ("type", "content", "mode", "owner", "times", "xattrs", "links", "target", "device")
 """What may differ, in the order of ``Change.what``."""
@@ -144,7 +146,7 @@ def _view_entry(template: OpenTemplate, entry: int) -> _View:
 def _view_linked(template: OpenTemplate, entry: int, dir_fd: int, name: bytes) -> _View:
     """A template entry with the attributes that the magic link ``name`` carries."""
     view = _view_entry(template, entry)
-    path = sys.entry_path(dir_fd, name)
+    path = linux.entry_path(dir_fd, name)
     try:
         record = read_record(path)
     except OSError as error:
@@ -160,7 +162,7 @@ def _view_linked(template: OpenTemplate, entry: int, dir_fd: int, name: bytes) -
 
 def _view_own(info: os.stat_result, dir_fd: int, name: bytes) -> _View:
     """An object of the private area."""
-    path = sys.entry_path(dir_fd, name)
+    path = linux.entry_path(dir_fd, name)
 
     def xattrs() -> dict[str, bytes]:
         names = os.listxattr(path, follow_symlinks=False)

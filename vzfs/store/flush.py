@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from vzfs.store import sys
+from vzfs import linux
 
 _JOURNAL_INODE = 8
 """Of a journal inside the file system (``EXT4_JOURNAL_INO``), by which the kernel names it in /proc/fs/jbd2."""
@@ -24,7 +24,7 @@ _JOURNAL_INODE = 8
 
 def flusher(fd: int) -> Callable[[int], None]:
     """What flushes, on the file system of ``fd``, the data of an open new file that is about to be renamed."""
-    return sys.write_out if has_own_journal(os.fstat(fd).st_dev) else os.fdatasync
+    return linux.write_out if has_own_journal(os.fstat(fd).st_dev) else os.fdatasync
 
 
 def has_own_journal(device: int) -> bool:

@@ -23,8 +23,8 @@ from vzfs.store.index import (
     padded,
 )
 from vzfs.store.index_write import hash_slots
-from vzfs.store.layout import RESERVED_PREFIX
 from vzfs.store.magic import TARGET_MAX
+from vzfs.store.xattrs import RESERVED_PREFIX
 
 _RECORD = struct.Struct("<QQQQIIQQQqqqIIIIIIIIIIQQII")  # fuse_direntplus without the name
 _DIGEST_SIZE = 32

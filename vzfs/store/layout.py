@@ -31,15 +31,6 @@ ORPHANS = b"orphans"
 LINK_BUCKET = 4096
 """Entries per folder of a link farm."""
 
-ORIGIN_XATTR = "trusted.vzfs.origin"
-ATTR_XATTR = "trusted.vzfs.attr"
-NLINK_XATTR = "trusted.vzfs.nlink"
-FOLDS_XATTR = "trusted.vzfs.folds"
-"""On a real directory that may hold folded ones although its own template directory, if any, has no subdirectories."""
-XATTR_PREFIX = "trusted.vzfs.x."
-RESERVED_PREFIX = "trusted.vzfs."
-"""Extended attributes of the store's own; a container neither sees nor sets them."""
-
 
 def check_template_name(name: str) -> str:
     """Give ``name`` back if a template may be called so; raise ``UsageError`` otherwise."""

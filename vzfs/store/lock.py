@@ -15,8 +15,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vzfs import linux
 from vzfs.errors import BusyError, NotFoundError, UnsupportedError
-from vzfs.store import sys
 from vzfs.store.layout import LOCK
 from vzfs.store.ownfile import open_own
 
@@ -88,7 +88,7 @@ class Lock:
     def release(self) -> None:
         """Empty the file and give the lock up."""
         os.ftruncate(self._fd, 0)
-        sys.reserve(self._fd, ROOM)
+        linux.reserve(self._fd, ROOM)
         os.close(self._fd)
 
 
@@ -125,7 +125,7 @@ def make_lock(container: Path) -> None:
     """Make the lock of a new container, held by nobody."""
     fd = os.open(container / LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        sys.reserve(fd, ROOM)
+        linux.reserve(fd, ROOM)
     finally:
         os.close(fd)
 

@@ -6,17 +6,16 @@ import os
 import stat
 from pathlib import Path
 
+from vzfs import linux
 from vzfs.errors import NotFoundError
-from vzfs.store import sys
 from vzfs.store.faults import step
 from vzfs.store.index import Attributes, Index
-from vzfs.store.layout import ORIGIN_XATTR, Layout, TemplatePaths, farm_entry
+from vzfs.store.layout import Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import MagicLink, valid_template_name
 from vzfs.store.seal import open_sealed
 from vzfs.store.view import View
+from vzfs.store.xattrs import ORIGIN_XATTR
 
-SPLIT_XATTR = "trusted.vzfs.split"
-"""On a copied-up file whose readers kept the template's data under the old node number: it has another one since."""
 _READING = os.O_RDONLY | os.O_NOATIME | os.O_NOFOLLOW
 
 
@@ -71,8 +70,8 @@ class OpenTemplate:
         self.end = self.base + self.index.count
         self._plain_fd = os.open(paths.tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self._root_fd = sys.clone_mount(
-                sys.fd_path(self._plain_fd), sys.MOUNT_RDONLY | sys.MOUNT_NOSUID | sys.MOUNT_NOATIME
+            self._root_fd = linux.clone_mount(
+                linux.fd_path(self._plain_fd), linux.MOUNT_RDONLY | linux.MOUNT_NOSUID | linux.MOUNT_NOATIME
             )
         except OSError:  # not permitted in a container, unknown to an old kernel: then O_NOATIME must do
             self._root_fd = os.dup(self._plain_fd)
@@ -94,11 +93,11 @@ class OpenTemplate:
         Where the kernel permits, it is on a mount of its own on which nothing can be written, whoever gets hold of the
         descriptor and reopens it, and no access time changes.
         """
-        return sys.openat2(self._root_fd, self.index.path(entry), _READING)
+        return linux.openat2(self._root_fd, self.index.path(entry), _READING)
 
     def open_source(self, entry: int) -> int:
         """A descriptor to copy the regular file ``entry`` from: blocks are not shared across mounts before 5.18."""
-        return sys.openat2(self._plain_fd, self.index.path(entry), _READING)
+        return linux.openat2(self._plain_fd, self.index.path(entry), _READING)
 
     def link_text(self, entry: int) -> bytes:
         """Text of the magic link to ``entry``."""

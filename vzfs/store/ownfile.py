@@ -12,8 +12,8 @@ import os
 import stat
 from pathlib import Path
 
+from vzfs import linux
 from vzfs.errors import DamagedError
-from vzfs.store import sys
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -51,7 +51,7 @@ def open_own(path: Path, flags: int, *, mode: int = 0o600) -> int:
                 continue
         try:
             _refuse_other_kinds(path, os.fstat(seen).st_mode)
-            return os.open(sys.fd_path(seen), flags & ~os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            return os.open(linux.fd_path(seen), flags & ~os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError as error:
             error.filename = name  # not that of the descriptor
             raise

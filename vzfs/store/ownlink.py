@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-from vzfs.store import magic, sys
-
-TAIL_XATTR = "trusted.vzfs.tail"
+from vzfs import linux
+from vzfs.store import magic
+from vzfs.store.xattrs import TAIL_XATTR
 
 
 def make_own_link(dir_fd: int, name: bytes, text: bytes) -> None:
@@ -21,7 +21,7 @@ def make_own_link(dir_fd: int, name: bytes, text: bytes) -> None:
         return
     os.symlink(stored[:-1], name, dir_fd=dir_fd)
     try:
-        os.setxattr(sys.entry_path(dir_fd, name), TAIL_XATTR, stored[-1:], follow_symlinks=False)
+        os.setxattr(linux.entry_path(dir_fd, name), TAIL_XATTR, stored[-1:], follow_symlinks=False)
     except BaseException:
         os.unlink(name, dir_fd=dir_fd)
         raise
@@ -32,7 +32,7 @@ def read_own_link(dir_fd: int, name: bytes) -> bytes:
     stored = os.readlink(name, dir_fd=dir_fd)
     text = magic.unescape(stored)
     if len(stored) == magic.TARGET_MAX and len(text) < len(stored):
-        path = sys.entry_path(dir_fd, name)
+        path = linux.entry_path(dir_fd, name)
         if TAIL_XATTR in os.listxattr(path, follow_symlinks=False):
             text += os.getxattr(path, TAIL_XATTR, follow_symlinks=False)
     return text

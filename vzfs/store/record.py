@@ -14,7 +14,7 @@ import stat
 from dataclasses import dataclass, replace
 
 from vzfs.store.index import Attributes
-from vzfs.store.layout import ATTR_XATTR, XATTR_PREFIX
+from vzfs.store.xattrs import ATTR_XATTR, XATTR_PREFIX
 
 _NS = 10**9
 _ID_MAX = 2**32 - 2  # the last one means "none" to chown(2)

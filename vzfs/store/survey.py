@@ -23,10 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vzfs import linux
 from vzfs.errors import DamagedError, VzfsError
-from vzfs.store import magic, sys
-from vzfs.store.layout import COW, LINKS, ORIGIN_XATTR, PRIVATE_AREA
+from vzfs.store import magic
+from vzfs.store.layout import COW, LINKS, PRIVATE_AREA
 from vzfs.store.opened import OpenTemplate
+from vzfs.store.xattrs import ORIGIN_XATTR
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
 _ENTRY_DIGITS = 10
@@ -126,7 +128,7 @@ def identify(templates: Templates, dir_fd: int, name: bytes) -> Thing:
         if magic.is_magic(text):
             return _identify_link(templates, info, text)
     form = Form.DIRECTORY if stat.S_ISDIR(info.st_mode) else Form.OWN
-    origin = read_xattr(sys.entry_path(dir_fd, name), ORIGIN_XATTR)
+    origin = read_xattr(linux.entry_path(dir_fd, name), ORIGIN_XATTR)
     if origin is None:
         return Thing(form, info)
     template, entry = _find_origin(templates, origin)
@@ -212,14 +214,14 @@ class Folder:
     def open(self, root_fd: int) -> int:
         """A descriptor of it, in steps that fit a path. Raises ``OSError``."""
         names = self.parts()
-        fd = sys.openat2(root_fd, b".", _DIRECTORY)
+        fd = linux.openat2(root_fd, b".", _DIRECTORY)
         while names:
             step, length = 0, 0
-            while step < len(names) and length + len(names[step]) + 1 < sys.PATH_MAX:
+            while step < len(names) and length + len(names[step]) + 1 < linux.PATH_MAX:
                 length += len(names[step]) + 1
                 step += 1
             try:
-                opened = sys.openat2(fd, b"/".join(names[:step]), _DIRECTORY)
+                opened = linux.openat2(fd, b"/".join(names[:step]), _DIRECTORY)
             finally:
                 os.close(fd)
             fd = opened
@@ -239,7 +241,7 @@ class Cursor:
 
     def __init__(self, root_fd: int, root: Folder) -> None:
         self._root_fd = root_fd
-        self._fd = sys.openat2(root_fd, b".", _DIRECTORY)
+        self._fd = linux.openat2(root_fd, b".", _DIRECTORY)
         self.folder = root
 
     def close(self) -> None:
@@ -448,7 +450,7 @@ def open_links(container: Path) -> int:
     """A descriptor of the container's ``cow/links``, -1 where there is no such folder."""
     top = os.open(container, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return sys.openat2(top, COW.encode() + b"/" + LINKS, os.O_RDONLY | os.O_DIRECTORY)
+        return linux.openat2(top, COW.encode() + b"/" + LINKS, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # ELOOP: something is a symbolic link
             return -1

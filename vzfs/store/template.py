@@ -23,26 +23,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vzfs import linux
 from vzfs.errors import BusyError, DamagedError, ExistsError, FullError, SourceError
-from vzfs.store import sys
 from vzfs.store.escape import printable
 from vzfs.store.index import INO_START, Attributes, Index, Meta
 from vzfs.store.index_check import find_fault
 from vzfs.store.index_write import EntryData, link_groups, write_index
-from vzfs.store.layout import (
-    LINK_BUCKET,
-    OWN_FOLDER_MODE,
-    RESERVED_PREFIX,
-    Layout,
-    TemplatePaths,
-    farm_entry,
-)
+from vzfs.store.layout import LINK_BUCKET, OWN_FOLDER_MODE, Layout, TemplatePaths, farm_entry
 from vzfs.store.magic import TARGET_MAX, MagicLink
 from vzfs.store.opened import open_index, template_names, template_paths
 from vzfs.store.problem import Problem
 from vzfs.store.progress import Progress, no_progress
 from vzfs.store.seal import open_sealed
 from vzfs.store.sources import SourceOptions, populate
+from vzfs.store.xattrs import RESERVED_PREFIX
 
 _INO_ALIGN = 1 << 16
 _HOLES_MAX = 1 << 40
@@ -142,7 +136,7 @@ def _refuse_existing(paths: TemplatePaths, name: str) -> None:
 def _flush(tree: Path) -> None:
     fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        sys.syncfs(fd)
+        linux.syncfs(fd)
     finally:
         os.close(fd)
 
@@ -176,7 +170,7 @@ def _work_folder(layout: Layout, what: str, name: str) -> Iterator[Path]:
 def _remove(path: Path) -> None:
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        sys.remove_tree(parent, os.fsencode(path.name))
+        linux.remove_tree(parent, os.fsencode(path.name))
     finally:
         os.close(parent)
 
@@ -231,7 +225,7 @@ def _scan(tree: Path, name: str, progress: Progress) -> list[EntryData]:
 
 def _scan_directory(root: int, number: int, entries: list[EntryData], paths: list[bytes], room: int) -> None:
     path = paths[number]
-    fd = sys.openat2(root, path or b".", os.O_RDONLY | os.O_DIRECTORY)
+    fd = linux.openat2(root, path or b".", os.O_RDONLY | os.O_DIRECTORY)
     try:
         for child in sorted(os.fsencode(name) for name in os.listdir(fd)):
             child_path = path + b"/" + child if path else child
@@ -250,7 +244,7 @@ def _scan_directory(root: int, number: int, entries: list[EntryData], paths: lis
                         f"{printable(child_path[:200])} has more than a terabyte of holes", remedy="leave it out"
                     )
                 blob = _digest(fd, child)
-            entries.append(EntryData(number, child, info, blob, _read_xattrs(sys.entry_path(fd, child))))
+            entries.append(EntryData(number, child, info, blob, _read_xattrs(linux.entry_path(fd, child))))
             paths.append(child_path)
     finally:
         os.close(fd)
@@ -418,7 +412,7 @@ def _verify_entry(root: int, index: Index, number: int, groups: dict[int, tuple[
     path = index.path(number)
     shown = "/" + os.fsdecode(path)
     try:
-        fd = sys.openat2(root, path or b".", os.O_PATH | os.O_NOFOLLOW)
+        fd = linux.openat2(root, path or b".", os.O_PATH | os.O_NOFOLLOW)
     except OSError as error:
         return [Problem(shown, "missing", os.strerror(error.errno or 0))]
     try:
@@ -431,7 +425,7 @@ def _verify_entry(root: int, index: Index, number: int, groups: dict[int, tuple[
             return problems
         if groups.setdefault(index.leader[number], (info.st_dev, info.st_ino)) != (info.st_dev, info.st_ino):
             problems.append(Problem(shown, "links", "is no longer a hard link of its group"))
-        if _read_xattrs(sys.fd_path(fd), symlink=False) != index.xattrs(number):
+        if _read_xattrs(linux.fd_path(fd), symlink=False) != index.xattrs(number):
             problems.append(Problem(shown, "xattrs", "the extended attributes differ"))
         return problems + _verify_content(root, fd, index, number, path, shown)
     finally:
@@ -457,14 +451,14 @@ def _verify_content(root: int, fd: int, index: Index, number: int, path: bytes, 
         return [Problem(shown, "target", "the link's text differs")]
     if stat.S_ISREG(mode):
         folder, _, name = path.rpartition(b"/")
-        parent = sys.openat2(root, folder or b".", os.O_PATH | os.O_DIRECTORY)
+        parent = linux.openat2(root, folder or b".", os.O_PATH | os.O_DIRECTORY)
         try:
             if _digest(parent, name) != index.digest(number):
                 return [Problem(shown, "content", "the digest differs")]
         finally:
             os.close(parent)
     if stat.S_ISDIR(mode):
-        parent = sys.openat2(root, path or b".", os.O_RDONLY | os.O_DIRECTORY)
+        parent = linux.openat2(root, path or b".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             return [
                 Problem(f"{shown.rstrip('/')}/{name}", "extra", "is not in the index")

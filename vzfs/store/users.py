@@ -13,8 +13,9 @@ from pathlib import Path
 
 from vzfs.errors import DamagedError, UsageError
 from vzfs.store.conf import Conf
-from vzfs.store.layout import CONF, ORIGIN_XATTR, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
+from vzfs.store.layout import CONF, OWN_FOLDER_MODE, PRIVATE_AREA, Layout
 from vzfs.store.shape import container_paths
+from vzfs.store.xattrs import ORIGIN_XATTR
 
 
 def template_users(layout: Layout, template: str) -> list[Path]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vzfs.store import sys
+from vzfs import linux
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -22,7 +22,7 @@ class View:
         self._top = Path(os.path.commonpath([os.path.realpath(place) for place in places]))
         self._fd = -1
         try:
-            self._fd = sys.clone_mount(self._top, sys.MOUNT_NOATIME)
+            self._fd = linux.clone_mount(self._top, linux.MOUNT_NOATIME)
         except OSError:  # not permitted in a container, unknown to an old kernel: as it is, then
             return
 
@@ -39,7 +39,7 @@ class View:
             return plain
         below = os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), self._top)
         try:
-            seen = sys.openat2(self._fd, os.fsencode(below), _DIRECTORY, resolve=sys.RESOLVE_STRICT)
+            seen = linux.openat2(self._fd, os.fsencode(below), _DIRECTORY, resolve=linux.RESOLVE_STRICT)
         except OSError:  # another mount lies between
             return plain
         if os.path.sameopenfile(seen, plain):

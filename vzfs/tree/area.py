@@ -12,7 +12,7 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.layout import COW, LINKS, ORPHANS, OWN_FOLDER_MODE, PRIVATE_AREA, STAGE
 from vzfs.store.view import View
 from vzfs.tree.node import Node
@@ -66,12 +66,12 @@ class PrivateArea:
     def clear_stage(self) -> None:
         """Remove what an interrupted change staged."""
         for name in list_names(self.stage_fd):
-            sys.remove_tree(self.stage_fd, name)
+            linux.remove_tree(self.stage_fd, name)
 
     def clear_orphans(self) -> None:
         """Remove what was only kept because it was known to the kernel."""
         for name in list_names(self.orphans_fd):
-            sys.remove_tree(self.orphans_fd, name)
+            linux.remove_tree(self.orphans_fd, name)
 
     def stage_name(self) -> bytes:
         """A name in ``stage_fd`` that nothing has."""
@@ -107,11 +107,11 @@ class PrivateArea:
         temporary = -1
         while names:
             step, length = 0, 0
-            while step < len(names) and length + len(names[step]) + 1 < sys.PATH_MAX:
+            while step < len(names) and length + len(names[step]) + 1 < linux.PATH_MAX:
                 length += len(names[step]) + 1
                 step += 1
             try:
-                opened = sys.openat2(fd, b"/".join(names[:step]), os.O_PATH | os.O_DIRECTORY)
+                opened = linux.openat2(fd, b"/".join(names[:step]), os.O_PATH | os.O_DIRECTORY)
             finally:
                 if temporary >= 0:
                     os.close(temporary)

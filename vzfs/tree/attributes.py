@@ -9,14 +9,12 @@ import errno
 import os
 import stat
 
-from vzfs.store import magic, sys
+from vzfs import linux
+from vzfs.store import magic
 from vzfs.store.index import LIFETIME_S, Attributes
-from vzfs.store.layout import (
-    FOLDS_XATTR,
-    NLINK_XATTR,
-)
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_own_xattrs, read_record
+from vzfs.store.xattrs import FOLDS_XATTR, NLINK_XATTR
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.lookup import Lookup
 from vzfs.tree.node import Entry, Kind, Node
@@ -69,7 +67,7 @@ class AttributeReader:
     def record_of(self, node: Node) -> Record:
         """The record of a node that has one."""
         if node.record is None:
-            node.record = read_record(sys.entry_path(*self._lookup.location(node))) or Record()
+            node.record = read_record(linux.entry_path(*self._lookup.location(node))) or Record()
         return node.record
 
     def record_or_none(self, node: Node) -> Record:
@@ -109,7 +107,7 @@ class AttributeReader:
         if node.template.base + node.template.index.leader[node.entry] not in self._templates.groups:
             return node.template.index.attributes(node.entry).nlink
         try:
-            nlink = int(os.getxattr(sys.entry_path(*self._lookup.location(node)), NLINK_XATTR, follow_symlinks=False))
+            nlink = int(os.getxattr(linux.entry_path(*self._lookup.location(node)), NLINK_XATTR, follow_symlinks=False))
         except (ValueError, OSError) as error:
             raise OSError(errno.EIO, f"link group without a valid {NLINK_XATTR}") from error
         if not 0 <= nlink < 2**31:

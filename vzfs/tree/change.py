@@ -12,7 +12,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.acl import with_permissions
 from vzfs.store.index import Attributes
 from vzfs.store.record import Record
@@ -90,9 +90,9 @@ class Changing:
         xattrs = None
         if changes.mode is not None:
             given = self._attributes.xattrs_of(node)
-            acl = given.get(sys.ACCESS_ACL)
+            acl = given.get(linux.ACCESS_ACL)
             if acl is not None:
-                xattrs = {**given, sys.ACCESS_ACL: with_permissions(acl, changes.mode)}
+                xattrs = {**given, linux.ACCESS_ACL: with_permissions(acl, changes.mode)}
 
         def change(record: Record) -> Record:
             record = self._changed_record(node, record, changes)
@@ -113,7 +113,7 @@ class Changing:
         mode = changes.mode
         if mode is None and (changes.uid is not None or changes.gid is not None):
             now = self._attributes.of(node).mode
-            kept = sys.without_set_id(now)  # as chown(2) does
+            kept = linux.without_set_id(now)  # as chown(2) does
             mode = stat.S_IMODE(kept) if kept != now else None
         return replace(
             record,

@@ -6,7 +6,7 @@ import errno
 import os
 from contextlib import AbstractContextManager
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.tree.become.directory import Directories
 from vzfs.tree.become.file import Copies
 from vzfs.tree.lookup import Lookup
@@ -39,7 +39,7 @@ class FileFlags:
                 return 0
             fd = self._open(node)
             try:
-                return sys.get_file_flags(fd)
+                return linux.get_file_flags(fd)
             finally:
                 os.close(fd)
 
@@ -53,7 +53,7 @@ class FileFlags:
             node = self._lookup.get(number)
             refuse_damaged(node)
             directory = node.is_directory
-            refused = (flags ^ self.get(number)) & ~sys.FS_OWNERS_FL
+            refused = (flags ^ self.get(number)) & ~linux.FS_OWNERS_FL
             if refused:
                 raise OSError(errno.EOPNOTSUPP, f"file attributes {refused:#x} can't be changed here")
             if node.passed and node.kind in (Kind.TEMPLATE, Kind.RECORD):
@@ -65,7 +65,7 @@ class FileFlags:
         with self._lock:
             fd = self._open(self._lookup.get(number))
             try:
-                sys.set_file_flags(fd, flags)
+                linux.set_file_flags(fd, flags)
             finally:
                 os.close(fd)
 

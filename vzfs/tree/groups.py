@@ -10,10 +10,8 @@ from __future__ import annotations
 import os
 
 from vzfs.store.faults import step
-from vzfs.store.layout import (
-    NLINK_XATTR,
-)
 from vzfs.store.record import Record
+from vzfs.store.xattrs import NLINK_XATTR
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.attributes import AttributeReader
 from vzfs.tree.become.effort import best_effort

@@ -6,7 +6,7 @@ import errno
 import os
 from contextlib import AbstractContextManager
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.faults import step
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.attributes import AttributeReader
@@ -70,7 +70,7 @@ class Linking:
         if not node.orphan or node.group:
             raise FileNotFoundError(errno.ENOENT, "the node was unlinked", name)
         backing = os.lstat(node.orphan, dir_fd=self._area.orphans_fd).st_ino
-        sys.renameat2(self._area.orphans_fd, node.orphan, fd, name, sys.RENAME_NOREPLACE)
+        linux.renameat2(self._area.orphans_fd, node.orphan, fd, name, linux.RENAME_NOREPLACE)
         step("orphan:named")
         node.orphan, node.dead, node.last = b"", False, None
         self._table.set_own(node, Kind.OWN, backing)

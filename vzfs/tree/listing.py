@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.index import Index
 from vzfs.tree.area import list_names
 from vzfs.tree.attributes import AttributeReader
@@ -76,7 +76,7 @@ def list_real(folder_fd: int, offset: int, size: int) -> Iterator[tuple[bytes, i
     while True:
         fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME | os.O_CLOEXEC, dir_fd=folder_fd)
         try:
-            found = sys.read_directory(fd, cookie, room)
+            found = linux.read_directory(fd, cookie, room)
         finally:
             os.close(fd)
         if not found:
@@ -150,7 +150,7 @@ class Listings:
             if node.kind is Kind.FOLDED:
                 assert node.template is not None
                 return node.template.index.child_count[node.entry] > SLOW_LISTING
-            return os.stat(sys.fd_path(self._lookup.directory_fd(node))).st_size > SLOW_LISTING * 64
+            return os.stat(linux.fd_path(self._lookup.directory_fd(node))).st_size > SLOW_LISTING * 64
 
     def _names(self, number: int) -> Sequence[bytes]:
         with self._lock:

@@ -11,14 +11,13 @@ import logging
 import os
 import stat
 
-from vzfs.store import magic, sys
+from vzfs import linux
+from vzfs.store import magic
 from vzfs.store.index import Attributes
-from vzfs.store.layout import (
-    ORIGIN_XATTR,
-)
-from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
+from vzfs.store.opened import OpenTemplate
 from vzfs.store.record import read_record
 from vzfs.store.survey import read_xattr
+from vzfs.store.xattrs import ORIGIN_XATTR, SPLIT_XATTR
 from vzfs.tree.area import PrivateArea, node_name
 from vzfs.tree.become.times import restore_times
 from vzfs.tree.durable import unknown_attributes
@@ -44,7 +43,7 @@ class Lookup:
         self._table = table
         self._prefix: tuple[Node | None, bytes] = (None, b"")  # a directory and how links to its children begin
         if not area.read_only:
-            restore_times(sys.entry_path(area.root_fd, b"."))
+            restore_times(linux.entry_path(area.root_fd, b"."))
 
     def get(self, number: int) -> Node:
         """The node of ``number``. Raises ``OSError`` ``ESTALE`` when nothing alive has it."""
@@ -250,7 +249,7 @@ class Lookup:
         """The node of a magic link that means nothing here: it can be seen and removed, and nothing else."""
         node = self._table.by_backing.get(info.st_ino)
         if node is None:
-            node = self._table.new_own(Kind.DAMAGED, info.st_ino, sys.generation_of(self.directory_fd(parent), name))
+            node = self._table.new_own(Kind.DAMAGED, info.st_ino, linux.generation_of(self.directory_fd(parent), name))
             self._table.set_own(node, Kind.DAMAGED, info.st_ino)
             self._table.place(node, parent, name)
             self._table.register(node)
@@ -275,12 +274,12 @@ class Lookup:
         if known is not None:
             return known
         own = not (stat.S_ISLNK(info.st_mode) and magic.is_magic(os.readlink(key, dir_fd=self._area.links_fd)))
-        split = own and self.read_origin(sys.entry_path(self._area.links_fd, key))[1]
+        split = own and self.read_origin(linux.entry_path(self._area.links_fd, key))[1]
         # A dead node of that number is what readers keep, see ``split``.
         free = number if node is None and not split else private_number(info.st_ino)
         node = Node(free, Kind.RECORD, number, template, leader, group=True)
         if free != number:
-            node.generation = sys.generation_of(self._area.links_fd, key)
+            node.generation = linux.generation_of(self._area.links_fd, key)
         if own:
             self._table.set_own(node, Kind.OWN, info.st_ino)
         self._table.register(node)
@@ -296,7 +295,7 @@ class Lookup:
         kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
         node = self._copied(parent, name, kind, info.st_ino)
         if node is None:
-            node = self._table.new_own(kind, info.st_ino, sys.generation_of(self.directory_fd(parent), name))
+            node = self._table.new_own(kind, info.st_ino, linux.generation_of(self.directory_fd(parent), name))
         self._table.place(node, parent, name)
         self._table.set_own(node, kind, info.st_ino)
         self._table.register(node)
@@ -312,7 +311,7 @@ class Lookup:
         number = self._templates.number_of(*origin)
         if split:
             copy = Node(private_number(backing), kind, number, *origin)
-            copy.generation = sys.generation_of(self.directory_fd(parent), name)
+            copy.generation = linux.generation_of(self.directory_fd(parent), name)
             return copy
         if number not in self._table.nodes:
             return Node(number, kind, number, *origin)
@@ -329,7 +328,7 @@ class Lookup:
     def adopt(self, parent: Node, name: bytes, info: os.stat_result) -> Node:
         """The node of the just made object ``name``."""
         kind = Kind.DIRECTORY if stat.S_ISDIR(info.st_mode) else Kind.OWN
-        node = self._table.new_own(kind, info.st_ino, sys.generation_of(self.directory_fd(parent), name))
+        node = self._table.new_own(kind, info.st_ino, linux.generation_of(self.directory_fd(parent), name))
         node.folded_children = 0
         self._table.place(node, parent, name)
         self._table.set_own(node, kind, info.st_ino)
@@ -374,7 +373,7 @@ class Lookup:
     def place_of(self, node: Node) -> Place:
         """By what that which stores the node can be changed."""
         if node.pin >= 0:
-            return Place(None, sys.fd_path(node.pin), follow=True)
+            return Place(None, linux.fd_path(node.pin), follow=True)
         if node.kind is Kind.DIRECTORY and not node.orphan:
             return Place(self.living_directory_fd(node), b".", follow=False)
         return Place(*self.location(node), follow=False)
@@ -390,7 +389,7 @@ class Lookup:
         return self.directory_fd(node)
 
     def _at(self, parent: Node, name: bytes) -> bytes:
-        return sys.entry_path(self.directory_fd(parent), name)
+        return linux.entry_path(self.directory_fd(parent), name)
 
     def _scanned(self, number: int) -> Node | None:
         """The living node of a number that isn't at its default place."""

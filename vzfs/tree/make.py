@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.faults import step
 from vzfs.store.ownlink import make_own_link
 from vzfs.tree.area import PrivateArea
@@ -95,7 +95,7 @@ class Making:
             step("make:made")
             return made, self._adopt(directory, fd, name)
         with self._made_on_stage(fd, gid, caller, make) as (made, stage, staged):
-            sys.renameat2(stage, staged, fd, name, sys.RENAME_NOREPLACE)
+            linux.renameat2(stage, staged, fd, name, linux.RENAME_NOREPLACE)
             step("make:named")
         return made, self._adopt(directory, fd, name)
 
@@ -120,7 +120,7 @@ class Making:
                     _add_mode(stage, staged, stat.S_ISGID)
                 yield made, stage, staged
             except BaseException:
-                sys.remove_tree(stage, staged)
+                linux.remove_tree(stage, staged)
                 raise
 
     def _adopt(self, directory: Node, fd: int, name: bytes) -> Entry:
@@ -131,7 +131,7 @@ class Making:
             node.lookups += 1
             return self._attributes.entry(node, info)
         except BaseException:
-            sys.remove_tree(fd, name)
+            linux.remove_tree(fd, name)
             raise
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Handle, Entry]:
@@ -169,7 +169,7 @@ class Making:
                 _NewFile(mode, flags) as make,
                 self._made_on_stage(fd, _given_group(fd), caller, make) as (backing, stage, staged),
             ):
-                node = self._table.new_own(Kind.OWN, os.fstat(backing).st_ino, sys.generation_of(backing, b""))
+                node = self._table.new_own(Kind.OWN, os.fstat(backing).st_ino, linux.generation_of(backing, b""))
                 self._orphans.move(node, stage, staged)
             node.dead = True
             node.lookups += 1

@@ -15,7 +15,7 @@ import enum
 import errno
 from typing import NamedTuple
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.index import INO_START, LIFETIME_S, Attributes
 from vzfs.store.opened import OpenTemplate
 from vzfs.store.record import Record
@@ -144,7 +144,7 @@ class Place(NamedTuple):
     @property
     def path(self) -> bytes:
         """For the calls that take no descriptor of a directory."""
-        return self.name if self.folder is None else sys.entry_path(self.folder, self.name)
+        return self.name if self.folder is None else linux.entry_path(self.folder, self.name)
 
 
 def refuse_damaged(node: Node) -> None:

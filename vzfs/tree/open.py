@@ -12,7 +12,7 @@ import stat
 from collections import Counter
 from contextlib import AbstractContextManager
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.tree.become.file import Copies
 from vzfs.tree.caller import ROOT, Caller
 from vzfs.tree.lookup import Lookup
@@ -53,7 +53,7 @@ class OpenFiles:
         with self._lock:
             fd, own = self.data_of(number, flags)
             if own and flags & os.O_TRUNC and caller.uid:
-                sys.drop_set_id(fd)
+                linux.drop_set_id(fd)
             node = self._lookup.get(number)
             self._table.register(node)
             return self.add_handle(node, fd, flags, caller)

@@ -10,7 +10,7 @@ import errno
 import os
 from contextlib import AbstractContextManager
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.faults import step
 from vzfs.tree.area import PrivateArea, list_names
 from vzfs.tree.become.effort import best_effort
@@ -69,7 +69,7 @@ class Orphans:
         kept = self._pins.release(node.number)
         if node.number in self._table.stand_ins:
             self._table.stand_ins.remove(node.number)
-            sys.remove_tree(self._area.orphans_fd, b"%d" % node.number)
+            linux.remove_tree(self._area.orphans_fd, b"%d" % node.number)
         if node.orphan:
             remove = os.rmdir if node.is_directory else os.unlink
             remove(node.orphan, dir_fd=self._area.orphans_fd)

@@ -11,7 +11,7 @@ import os
 import stat
 from contextlib import AbstractContextManager
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.faults import step
 from vzfs.tree.become.directory import Directories
 from vzfs.tree.become.file import Copies
@@ -53,7 +53,7 @@ class Renaming:
         self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int = 0, request: int = 0
     ) -> None:
         """rename(2) with the flags of renameat2(2); a successor can ask about ``request``, see ``renamed``."""
-        if flags & ~(sys.RENAME_NOREPLACE | sys.RENAME_EXCHANGE | sys.RENAME_WHITEOUT):
+        if flags & ~(linux.RENAME_NOREPLACE | linux.RENAME_EXCHANGE | linux.RENAME_WHITEOUT):
             raise OSError(errno.EINVAL, "unknown rename flags")
         check_name(new_name)
         self._directories.own(old_parent)
@@ -92,14 +92,14 @@ class Renaming:
     def _check(self, source: Node, target: Node | None, source_dir: Node, target_dir: Node, flags: int) -> None:
         """What the kernel checks as well, and what only we know."""
         if target is None:
-            if flags & sys.RENAME_EXCHANGE:
+            if flags & linux.RENAME_EXCHANGE:
                 raise FileNotFoundError(errno.ENOENT, "nothing to exchange with")
             self._check_not_below(source, target_dir)
             return
-        if flags & sys.RENAME_NOREPLACE:
+        if flags & linux.RENAME_NOREPLACE:
             raise FileExistsError(errno.EEXIST, "exists")
         self._check_not_below(source, target_dir)
-        if flags & sys.RENAME_EXCHANGE:
+        if flags & linux.RENAME_EXCHANGE:
             self._check_not_below(target, source_dir)
             return
         if target is source:
@@ -133,7 +133,7 @@ class Renaming:
         if target is not None and target.number == source.number:
             return  # two names of one inode: rename(2) does nothing
         self._table.register(source)
-        exchange = bool(flags & sys.RENAME_EXCHANGE)
+        exchange = bool(flags & linux.RENAME_EXCHANGE)
         last = target is not None and not exchange and self._removing.loses_last_name(target, target_info)
         if source.kind is Kind.FOLDED and target_dir is not source_dir:
             self._directories.mark_folds(target_dir)
@@ -151,10 +151,10 @@ class Renaming:
         with self._removing.losing_name(target) if target is not None and not exchange else contextlib.nullcontext():
             if keep and target is not None:
                 self._orphans.link(target, target_fd, new_name)
-            if request and flags & (sys.RENAME_EXCHANGE | sys.RENAME_WHITEOUT):
+            if request and flags & (linux.RENAME_EXCHANGE | linux.RENAME_WHITEOUT):
                 self._durable.note_rename(request, os.lstat(old_name, dir_fd=source_fd).st_ino)
             step("rename:before")
-            sys.renameat2(source_fd, old_name, target_fd, new_name, flags)
+            linux.renameat2(source_fd, old_name, target_fd, new_name, flags)
             step("rename:done")
         if source.kind is Kind.FOLDED:
             self._removing.count_folded(source_dir, -1)
@@ -178,7 +178,7 @@ class Renaming:
         """
         if target is not None and target.number == source.number:
             return None
-        for node in (source, target if flags & sys.RENAME_EXCHANGE else None):
+        for node in (source, target if flags & linux.RENAME_EXCHANGE else None):
             if node is not None and node.kind is Kind.TEMPLATE:
                 assert node.template is not None
                 if not stat.S_ISREG(node.template.index.mode(node.entry)):

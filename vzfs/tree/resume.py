@@ -9,11 +9,11 @@ import os
 import stat
 from pathlib import Path
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.granted import Granted
-from vzfs.store.layout import NLINK_XATTR
 from vzfs.store.opened import parse_group_key
 from vzfs.store.survey import Survey, Templates
+from vzfs.store.xattrs import NLINK_XATTR
 from vzfs.tree.area import PrivateArea, list_names
 from vzfs.tree.attributes import AttributeReader
 from vzfs.tree.durable import Durable
@@ -57,12 +57,12 @@ class Resuming:
     def _register_orphan(self, name: bytes) -> None:
         info = os.lstat(name, dir_fd=self._area.orphans_fd)
         number = int(name)
-        origin, split = self._lookup.read_origin(sys.entry_path(self._area.orphans_fd, name))
+        origin, split = self._lookup.read_origin(linux.entry_path(self._area.orphans_fd, name))
         node = Node(number, Kind.OWN, number)
         if origin is not None and (split or number == self._templates.number_of(*origin)):
             node = Node(number, Kind.OWN, self._templates.number_of(*origin), *origin)
         if node.number != node.ino or node.template is None:
-            node.generation = sys.generation_of(self._area.orphans_fd, name)
+            node.generation = linux.generation_of(self._area.orphans_fd, name)
         node.orphan = name
         node.lookups = 1
         if stat.S_ISDIR(info.st_mode):
@@ -92,7 +92,7 @@ def count_doubted(granted: Granted, container: Path, area: PrivateArea, durable:
                 continue
             names = survey.names_of(template, group[1])
             if names:
-                os.setxattr(sys.entry_path(area.links_fd, key), NLINK_XATTR, b"%d" % names, follow_symlinks=False)
+                os.setxattr(linux.entry_path(area.links_fd, key), NLINK_XATTR, b"%d" % names, follow_symlinks=False)
             else:
                 os.rename(key, b"%d" % durable.doubt, src_dir_fd=area.links_fd, dst_dir_fd=area.orphans_fd)
     finally:

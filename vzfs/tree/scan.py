@@ -15,7 +15,8 @@ import os
 from collections.abc import Callable
 from typing import TypeAlias
 
-from vzfs.store import magic, sys
+from vzfs import linux
+from vzfs.store import magic
 from vzfs.store.opened import OpenTemplate
 from vzfs.store.survey import Folder, root_folder
 from vzfs.tree.area import PrivateArea
@@ -105,7 +106,7 @@ class _Reader:
     def _own(self, name: bytes, backing: int, *, directory: bool) -> tuple[int, Folder]:
         """Number of an object of the container's own, and what it would be as a directory."""
         folder = Folder(self._folder, name, backing)
-        origin, split = self._read_origin(sys.entry_path(self._fd, name))
+        origin, split = self._read_origin(linux.entry_path(self._fd, name))
         if origin is None or origin[0].index.is_directory(origin[1]) != directory:
             return private_number(backing), folder
         folder.template, folder.entry = origin

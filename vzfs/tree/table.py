@@ -16,7 +16,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.opened import OpenTemplate
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.node import ROOT_NUMBER, Kind, Node, private_number
@@ -43,10 +43,10 @@ class Table:
         self.folded: dict[int, OpenTemplate] = {}
         self.places: Places | None = None  # of what a scan has found, see ``vzfs.tree.scan``
         self.resumed = False  # the kernel goes on with what a dead process told it
-        self.stand_ins: set[int] = set()  # of ``Pins.lost``, those that something in cow/orphans keeps from being used
+        self.stand_ins: set[int] = set()  # of ``Pins.lost``: something in cow/orphans has it
         base = templates.root.base
         self.root = Node(ROOT_NUMBER, Kind.DIRECTORY, base, templates.root, 0)
-        self.root.backing = os.stat(sys.fd_path(area.root_fd)).st_ino
+        self.root.backing = os.stat(linux.fd_path(area.root_fd)).st_ino
         self.root.lookups = 1
         self.nodes[ROOT_NUMBER] = self.nodes[base] = self.root
         self.by_backing[self.root.backing] = self.root
@@ -62,7 +62,7 @@ class Table:
     def new_own(self, kind: Kind, backing: int, generation: int) -> Node:
         """A node for an object of the private area that came from no template, not yet registered.
 
-        ``generation`` is the object's (``sys.generation_of``): the kernel tells by it a new object from one of the same
+        ``generation`` is the object's (``linux.generation_of``): the kernel tells by it a new object from one of the same
         number that is gone, whoever serves it.
         """
         number = private_number(backing)

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.granted import Granted
 from vzfs.store.index import Attributes
 from vzfs.store.layout import Layout
@@ -218,13 +218,13 @@ class Tree:
 
     def statfs(self) -> os.statvfs_result:
         """Space of the file system that holds the private area."""
-        return os.statvfs(sys.fd_path(self._area.root_fd))
+        return os.statvfs(linux.fd_path(self._area.root_fd))
 
     def sync(self) -> None:
         """syncfs(2) of the file system that holds the private area."""
         fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._area.root_fd)
         try:
-            sys.syncfs(fd)
+            linux.syncfs(fd)
         finally:
             os.close(fd)
 
@@ -234,7 +234,7 @@ class Tree:
             node = self._lookup.get(number)
             if node.kind is not Kind.OWN and (node.kind is not Kind.DIRECTORY or node.dead):
                 return None
-            return None if node.pin >= 0 else sys.birth_time(self._lookup.path(node))
+            return None if node.pin >= 0 else linux.birth_time(self._lookup.path(node))
 
     @property
     def node_count(self) -> int:

@@ -14,12 +14,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.acl import is_minimal, permissions
-from vzfs.store.layout import (
-    RESERVED_PREFIX,
-)
 from vzfs.store.record import Record
+from vzfs.store.xattrs import RESERVED_PREFIX
 from vzfs.tree.attributes import AttributeReader
 from vzfs.tree.become.directory import Directories
 from vzfs.tree.become.file import Copies
@@ -87,10 +85,10 @@ class ExtendedAttributes:
                 raise FileExistsError(errno.EEXIST, "the attribute exists", name)
             if flags & os.XATTR_REPLACE and key not in xattrs:
                 raise OSError(errno.ENODATA, "no such attribute", name)
-            if key == sys.DEFAULT_ACL:
+            if key == linux.DEFAULT_ACL:
                 raise PermissionError(errno.EACCES, "only a directory has a default ACL", name)
-            mode = permissions(value) if key == sys.ACCESS_ACL else None
-            if key == sys.ACCESS_ACL and is_minimal(value):
+            mode = permissions(value) if key == linux.ACCESS_ACL else None
+            if key == linux.ACCESS_ACL and is_minimal(value):
                 xattrs.pop(key, None)  # the mode says it all
             else:
                 xattrs[key] = value
@@ -108,7 +106,7 @@ class ExtendedAttributes:
 
         def change(xattrs: dict[str, bytes]) -> None:
             key = os.fsdecode(name)
-            if xattrs.pop(key, None) is None and key not in sys.ACL_XATTRS:
+            if xattrs.pop(key, None) is None and key not in linux.ACL_XATTRS:
                 raise OSError(errno.ENODATA, "no such attribute", name)
 
         self._change(number, name, change, lambda place: os.removexattr(place.path, name, follow_symlinks=place.follow))
@@ -163,7 +161,7 @@ def _check_xattr_name(name: bytes) -> None:
     """Refuse what no file system of Linux takes (xattr(7)), and the store's own names."""
     if _is_reserved(name):
         raise PermissionError(errno.EPERM, "a reserved attribute", name)
-    sys.check_xattr_namespace(name)
+    linux.check_xattr_namespace(name)
 
 
 def _is_reserved(name: bytes) -> bool:

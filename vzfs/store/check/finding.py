@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.escape import printable
 from vzfs.store.layout import OWN_FOLDER_MODE
 from vzfs.store.problem import Problem
@@ -79,7 +79,7 @@ class LostAndFound:
             self._taken[name] += 1
             free = name[:_NAME_ROOM] + b".%d" % number if number else name
             try:
-                sys.renameat2(dir_fd, name, folder, free, sys.RENAME_NOREPLACE)
+                linux.renameat2(dir_fd, name, folder, free, linux.RENAME_NOREPLACE)
             except FileExistsError:
                 continue
             return f"moved to {LOST_AND_FOUND}/{printable(free)}"

@@ -7,8 +7,8 @@ import errno
 import os
 import stat
 
+from vzfs import linux
 from vzfs.errors import DamagedError
-from vzfs.store import sys
 from vzfs.store.check.finding import LOST_AND_FOUND, Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.conf import OSTEMPLATE, Conf
@@ -42,7 +42,7 @@ def check_folders(ground: Ground, report: Report) -> None:
 
 def _look_at(ground: Ground, name: str) -> os.stat_result:
     """What is at ``name`` in the container, seen through no symbolic link."""
-    fd = sys.openat2(ground.top_fd, os.fsencode(name), os.O_PATH | os.O_NOFOLLOW)
+    fd = linux.openat2(ground.top_fd, os.fsencode(name), os.O_PATH | os.O_NOFOLLOW)
     try:
         return os.fstat(fd)
     finally:
@@ -63,7 +63,7 @@ def _check_mode(ground: Ground, report: Report, name: str, info: os.stat_result)
         return
 
     def mend() -> str:
-        fd = sys.openat2(ground.top_fd, os.fsencode(name), os.O_RDONLY | os.O_DIRECTORY)
+        fd = linux.openat2(ground.top_fd, os.fsencode(name), os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fchown(fd, 0, 0)
             os.fchmod(fd, OWN_FOLDER_MODE)
@@ -125,7 +125,7 @@ def check_remains(ground: Ground, report: Report) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             fd = ground.open_cow(folder)
             try:
-                names = sorted(map(os.fsencode, os.listdir(sys.fd_path(fd))))
+                names = sorted(map(os.fsencode, os.listdir(linux.fd_path(fd))))
                 details = [_describe(kind, os.lstat(name, dir_fd=fd)) for name in names]
             finally:
                 os.close(fd)
@@ -145,5 +145,5 @@ def _describe(kind: str, info: os.stat_result) -> str:
 
 
 def _remove(dir_fd: int, name: bytes) -> str:
-    sys.remove_tree(dir_fd, name)
+    linux.remove_tree(dir_fd, name)
     return "removed"

@@ -9,14 +9,16 @@ from collections.abc import Callable
 
 import xattr  # type: ignore[import-untyped]
 
-from vzfs.store import magic, sys
+from vzfs import linux
+from vzfs.store import magic
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.escape import printable
-from vzfs.store.layout import ATTR_XATTR, COW, LINKS, NLINK_XATTR, RESERVED_PREFIX, STAGE
-from vzfs.store.opened import SPLIT_XATTR, OpenTemplate, parse_group_key
+from vzfs.store.layout import COW, LINKS, STAGE
+from vzfs.store.opened import OpenTemplate, parse_group_key
 from vzfs.store.record import Record
 from vzfs.store.survey import Spot, Survey, read_xattr
+from vzfs.store.xattrs import ATTR_XATTR, NLINK_XATTR, RESERVED_PREFIX, SPLIT_XATTR
 
 
 def check_records(ground: Ground, report: Report, survey: Survey) -> None:
@@ -94,9 +96,9 @@ class _Record:
         fd = self._ground.open_cow(LINKS)
         try:
             fault = self._fault(fd)
-            attributes = read_xattr(sys.entry_path(fd, self._key), ATTR_XATTR)
-            noted = read_xattr(sys.entry_path(fd, self._key), NLINK_XATTR)
-            split = read_xattr(sys.entry_path(fd, self._key), SPLIT_XATTR)
+            attributes = read_xattr(linux.entry_path(fd, self._key), ATTR_XATTR)
+            noted = read_xattr(linux.entry_path(fd, self._key), NLINK_XATTR)
+            split = read_xattr(linux.entry_path(fd, self._key), SPLIT_XATTR)
             own = stat.S_ISREG(os.lstat(self._key, dir_fd=fd).st_mode)
         finally:
             os.close(fd)
@@ -148,18 +150,18 @@ def is_record(value: bytes) -> bool:
 
 
 def _forget_attributes(links_fd: int, key: bytes) -> str:
-    xattr.removexattr(sys.entry_path(links_fd, key), ATTR_XATTR, symlink=True)
+    xattr.removexattr(linux.entry_path(links_fd, key), ATTR_XATTR, symlink=True)
     return "removed"
 
 
 def _forget_split(links_fd: int, key: bytes) -> str:
-    xattr.removexattr(sys.entry_path(links_fd, key), SPLIT_XATTR, symlink=True)
+    xattr.removexattr(linux.entry_path(links_fd, key), SPLIT_XATTR, symlink=True)
     return "removed"
 
 
 def _note_count(names: int) -> Callable[[int, bytes], str]:
     def work(links_fd: int, key: bytes) -> str:
-        xattr.setxattr(sys.entry_path(links_fd, key), NLINK_XATTR, b"%d" % names, symlink=True)
+        xattr.setxattr(linux.entry_path(links_fd, key), NLINK_XATTR, b"%d" % names, symlink=True)
         return "set"
 
     return work
@@ -173,13 +175,13 @@ def make_record(ground: Ground, template: OpenTemplate, entry: int, links: list[
     try:
         links_fd = ground.open_cow(LINKS, make=True)
         os.symlink(template.link_text(entry), staged, dir_fd=stage_fd)
-        path = sys.entry_path(stage_fd, staged)
+        path = linux.entry_path(stage_fd, staged)
         for name, value in _carried(ground, links).items():
             os.setxattr(path, name, value, follow_symlinks=False)  # any bytes
         xattr.setxattr(path, NLINK_XATTR, b"%d" % names, symlink=True)
-        sys.renameat2(stage_fd, staged, links_fd, template.group_key(entry), sys.RENAME_NOREPLACE)
+        linux.renameat2(stage_fd, staged, links_fd, template.group_key(entry), linux.RENAME_NOREPLACE)
     except BaseException:
-        sys.remove_tree(stage_fd, staged)
+        linux.remove_tree(stage_fd, staged)
         raise
     finally:
         os.close(stage_fd)
@@ -194,7 +196,7 @@ def _carried(ground: Ground, links: list[Spot]) -> dict[str, bytes]:
         try:
             if os.lstat(spot.name, dir_fd=fd).st_nlink > 1:
                 continue
-            path = sys.entry_path(fd, spot.name)
+            path = linux.entry_path(fd, spot.name)
             names = [name for name in os.listxattr(path, follow_symlinks=False) if name.startswith(RESERVED_PREFIX)]
             if ATTR_XATTR in names:
                 return {name: os.getxattr(path, name, follow_symlinks=False) for name in names}

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 import xattr  # type: ignore[import-untyped]
 
-from vzfs.store import magic, sys
+from vzfs import linux
+from vzfs.store import magic
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.check.groups import is_record, make_record
 from vzfs.store.escape import printable
-from vzfs.store.layout import ATTR_XATTR, FOLDS_XATTR, ORIGIN_XATTR, PRIVATE_AREA
-from vzfs.store.opened import SPLIT_XATTR, OpenTemplate
+from vzfs.store.layout import PRIVATE_AREA
+from vzfs.store.opened import OpenTemplate
 from vzfs.store.survey import Folder, Form, Spot, Survey, Thing, identify, read_xattr
+from vzfs.store.xattrs import ATTR_XATTR, FOLDS_XATTR, ORIGIN_XATTR, SPLIT_XATTR
 
 
 class NameChecker:
@@ -57,7 +59,7 @@ class NameChecker:
             self._check_mark(spot.folder, dir_fd)
         if thing.info.st_nlink > 1 or thing.in_group(self._groups):
             return  # shared with the link farm, or its group's record counts
-        value = read_xattr(sys.entry_path(dir_fd, spot.name), ATTR_XATTR)
+        value = read_xattr(linux.entry_path(dir_fd, spot.name), ATTR_XATTR)
         if value is not None and (thing.is_folded() or not is_record(value)):
             detail = f"{ATTR_XATTR} can't be {printable(value)}"
             self._tell(spot, "bad-record", detail, self._ground.at(spot, _remove_xattr(ATTR_XATTR)))
@@ -69,13 +71,13 @@ class NameChecker:
         self._marked = folder
         if folder.template is not None and folder.template.index.attributes(folder.entry).nlink > 2:
             return
-        if read_xattr(sys.fd_path(dir_fd) + b"/.", FOLDS_XATTR) is None:
+        if read_xattr(linux.fd_path(dir_fd) + b"/.", FOLDS_XATTR) is None:
             mend = self._ground.at(Spot(folder, b"."), _mark)
             self._report(folder_path(folder), "folds", f"holds folded directories, but has no {FOLDS_XATTR}", mend)
 
     def _check_split(self, spot: Spot, dir_fd: int, thing: Thing) -> None:
         """The mark of a copy whose readers kept the template's data belongs on copied-up regular files."""
-        value = read_xattr(sys.entry_path(dir_fd, spot.name), SPLIT_XATTR)
+        value = read_xattr(linux.entry_path(dir_fd, spot.name), SPLIT_XATTR)
         if value is None or (value == b"1" and thing.template is not None and stat.S_ISREG(thing.info.st_mode)):
             return
         detail = f"{SPLIT_XATTR} can't be {printable(value)}"
@@ -111,14 +113,14 @@ def folder_path(folder: Folder) -> bytes:
 
 def _remove_xattr(name: str) -> Callable[[int, bytes], str]:
     def work(dir_fd: int, entry: bytes) -> str:
-        os.removexattr(sys.entry_path(dir_fd, entry), name, follow_symlinks=False)  # any bytes
+        os.removexattr(linux.entry_path(dir_fd, entry), name, follow_symlinks=False)  # any bytes
         return "removed"
 
     return work
 
 
 def _mark(dir_fd: int, name: bytes) -> str:
-    xattr.setxattr(sys.entry_path(dir_fd, name), FOLDS_XATTR, b"1", symlink=True)
+    xattr.setxattr(linux.entry_path(dir_fd, name), FOLDS_XATTR, b"1", symlink=True)
     return "set"
 
 

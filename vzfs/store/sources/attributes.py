@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.sources.errors import XattrError
 
 ACL_ACCESS = b"system.posix_acl_access"
@@ -80,7 +80,7 @@ def apply_to_symlink(dir_fd: int, name: bytes, attributes: Attributes) -> None:
 def _finish_unopened(dir_fd: int, name: bytes, attributes: Attributes) -> None:
     for xattr, value in attributes.xattrs.items():
         try:
-            os.setxattr(sys.entry_path(dir_fd, name), xattr, value, follow_symlinks=False)
+            os.setxattr(linux.entry_path(dir_fd, name), xattr, value, follow_symlinks=False)
         except OSError as error:
             raise XattrError(error, xattr, len(value)) from error
     os.utime(name, ns=(attributes.atime_ns, attributes.mtime_ns), dir_fd=dir_fd, follow_symlinks=False)

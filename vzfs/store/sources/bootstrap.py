@@ -19,8 +19,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from vzfs import linux
 from vzfs.errors import SourceError, UnsupportedError, UsageError
-from vzfs.store import sys
 from vzfs.store.progress import Progress
 from vzfs.store.sources.options import SourceOptions
 
@@ -58,7 +58,7 @@ def bootstrap(suite: str, target_fd: int, options: SourceOptions, progress: Prog
     program = shutil.which("debootstrap", path=os.environ.get("PATH", "") + ":" + _PATH)
     if program is None:
         raise UnsupportedError("debootstrap is not installed", remedy="apt-get install debootstrap")
-    target = os.readlink(sys.fd_path(target_fd))
+    target = os.readlink(linux.fd_path(target_fd))
     if not _TARGET.fullmatch(target):
         raise UnsupportedError(
             f"debootstrap can't work below {os.fsdecode(target)!r}, for it stumbles over spaces and the like in a path",
@@ -182,7 +182,7 @@ def unmount_below(path: bytes) -> None:
     """Detach every mount strictly below ``path`` (canonical), the latest first. Raises ``SourceError`` if one stays."""
     for point in reversed(mounts_below(path)):
         try:
-            sys.umount2(point, sys.MNT_DETACH | sys.UMOUNT_NOFOLLOW)
+            linux.umount2(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):  # gone with the one it was in
                 continue
@@ -212,7 +212,7 @@ def _tidy(target_fd: int, options: SourceOptions) -> None:
 
 
 def _unlink_matching(target_fd: int, path: bytes, unwanted: Callable[[bytes, os.stat_result], bool]) -> None:
-    fd = sys.openat2(target_fd, path, os.O_RDONLY | os.O_DIRECTORY)
+    fd = linux.openat2(target_fd, path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in map(os.fsencode, os.listdir(fd)):
             if unwanted(name, os.lstat(name, dir_fd=fd)):

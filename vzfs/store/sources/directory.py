@@ -13,8 +13,8 @@ import os
 import stat
 from collections.abc import Mapping
 
+from vzfs import linux
 from vzfs.errors import SourceError, UsageError
-from vzfs.store import sys
 from vzfs.store.progress import Progress
 from vzfs.store.sources import attributes as attrs
 from vzfs.store.sources import mistaken
@@ -69,9 +69,9 @@ def _is_below(inner_fd: int, outer_fd: int) -> bool:
 def _open_unseen(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
     """Open without leaving an access time, where the kernel lets us (the owner's privilege)."""
     try:
-        return sys.openat2(dir_fd, name, flags | os.O_NOATIME, resolve=resolve)
+        return linux.openat2(dir_fd, name, flags | os.O_NOATIME, resolve=resolve)
     except PermissionError:
-        return sys.openat2(dir_fd, name, flags, resolve=resolve)
+        return linux.openat2(dir_fd, name, flags, resolve=resolve)
 
 
 class _Copy:
@@ -105,7 +105,7 @@ class _Copy:
 
     def _copy_directory(self, path: bytes) -> None:
         try:
-            source = _open_unseen(self._source, path or b".", _DIRECTORY, sys.RESOLVE_STRICT | sys.RESOLVE_NO_XDEV)
+            source = _open_unseen(self._source, path or b".", _DIRECTORY, linux.RESOLVE_STRICT | linux.RESOLVE_NO_XDEV)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
@@ -114,7 +114,7 @@ class _Copy:
         try:
             mistaken.refuse_part_of_store(source, path)
             self._directories.append((path, attrs.from_stat(os.fstat(source), self._xattrs(source, path))))
-            target = sys.openat2(self._target, path or b".", _DIRECTORY)
+            target = linux.openat2(self._target, path or b".", _DIRECTORY)
             try:
                 self._copy_entries(source, target, path + b"/" if path else b"")
             finally:
@@ -124,14 +124,14 @@ class _Copy:
 
     def _note_mount_point(self, path: bytes) -> None:
         _log.info("%s is a mount point: copied as an empty directory", shown(path))
-        fd = _open_unseen(self._source, path, _DIRECTORY, sys.RESOLVE_STRICT)
+        fd = _open_unseen(self._source, path, _DIRECTORY, linux.RESOLVE_STRICT)
         try:
             self._directories.append((path, attrs.from_stat(os.fstat(fd), self._xattrs(fd, path))))
         finally:
             os.close(fd)
 
     def _finish_directory(self, path: bytes, attributes: Attributes) -> None:
-        fd = sys.openat2(self._target, path or b".", _DIRECTORY)
+        fd = linux.openat2(self._target, path or b".", _DIRECTORY)
         try:
             attrs.apply_to_fd(fd, attributes)
         finally:
@@ -189,7 +189,7 @@ class _Copy:
         if self._budget.is_explicit:
             self._budget.spend(size, path)
         try:
-            is_written = sys.copy_data(source_fd, fd, info.st_size)
+            is_written = linux.copy_data(source_fd, fd, info.st_size)
         finally:
             after = os.fstat(source_fd)
             if (after.st_size, after.st_mtime_ns) != (info.st_size, info.st_mtime_ns):
@@ -207,7 +207,7 @@ class _Copy:
             raise device_refused(path)
         if self._linked(info, target, name, path):
             return
-        attributes = attrs.from_stat(info, self._xattrs(sys.entry_path(source, name), path))
+        attributes = attrs.from_stat(info, self._xattrs(linux.entry_path(source, name), path))
         if kind == stat.S_IFLNK:
             os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
             attrs.apply_to_symlink(target, name, attributes)

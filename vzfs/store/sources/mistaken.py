@@ -13,11 +13,13 @@ import re
 import stat
 from itertools import islice
 
+from vzfs import linux
 from vzfs.errors import SourceError
-from vzfs.store import magic, sys
+from vzfs.store import magic
 from vzfs.store.index import MAGIC
-from vzfs.store.layout import CONF, ORIGIN_XATTR, PRIVATE_AREA
+from vzfs.store.layout import CONF, PRIVATE_AREA
 from vzfs.store.sources.errors import shown
+from vzfs.store.xattrs import ORIGIN_XATTR
 
 _ORIGIN = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}/[0-9]{1,10}")
 _LOOKED_AT = 1000
@@ -125,7 +127,7 @@ def _has_layers(fd: int) -> bool:
 def _read(dir_fd: int, path: bytes, size: int) -> bytes:
     """The first bytes of a regular file; nothing of anything else."""
     try:
-        fd = sys.openat2(dir_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = linux.openat2(dir_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return b""
     try:

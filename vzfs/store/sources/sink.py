@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from typing import TypeVar
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.sources import attributes as attrs
 from vzfs.store.sources.attributes import Attributes
 from vzfs.store.sources.errors import entry_error, refused, shown
@@ -137,7 +137,7 @@ class Sink:
         self._parent_fd, self._parent_parts = -1, None
 
     def _finish_directory(self, parts: Parts, attributes: Attributes | None) -> None:
-        fd = sys.openat2(self._root, b"/".join(parts) or b".", os.O_RDONLY | os.O_DIRECTORY)
+        fd = linux.openat2(self._root, b"/".join(parts) or b".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             if attributes is None:
                 os.fchmod(fd, IMPLIED_MODE)
@@ -181,7 +181,7 @@ class Sink:
         return self._parent_fd
 
     def _open_directory(self, parts: Parts) -> int:
-        return sys.openat2(self._root, b"/".join(parts) or b".", os.O_PATH | os.O_DIRECTORY)
+        return linux.openat2(self._root, b"/".join(parts) or b".", os.O_PATH | os.O_DIRECTORY)
 
     def _make_directories(self, parts: Parts) -> int:
         for depth in range(1, len(parts) + 1):
@@ -218,7 +218,7 @@ def _new_directory(parent: int, name: bytes) -> None:
 
 def _new_file(parent: int, name: bytes) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    return sys.openat2(parent, name, flags, 0o600)
+    return linux.openat2(parent, name, flags, 0o600)
 
 
 def _link(from_fd: int, from_name: bytes, to_fd: int, to_name: bytes) -> None:

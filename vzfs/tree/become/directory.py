@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.faults import step
-from vzfs.store.layout import (
-    FOLDS_XATTR,
-    OWN_FOLDER_MODE,
-)
+from vzfs.store.layout import OWN_FOLDER_MODE
 from vzfs.store.opened import OpenTemplate
+from vzfs.store.xattrs import FOLDS_XATTR
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.become.effort import best_effort
 from vzfs.tree.become.protocol import Protocol
@@ -111,7 +109,7 @@ class Directories:
         backing = os.lstat(staged, dir_fd=self._area.stage_fd).st_ino
         folder, name = self._lookup.location(node)
         with unchanged_times(folder):
-            sys.renameat2(self._area.stage_fd, staged, folder, name, sys.RENAME_EXCHANGE)
+            linux.renameat2(self._area.stage_fd, staged, folder, name, linux.RENAME_EXCHANGE)
             step("unfold:swapped")
         if parent.folded_children:
             parent.folded_children -= 1

@@ -13,14 +13,12 @@ import stat
 import time
 from contextlib import AbstractContextManager
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.faults import step
 from vzfs.store.flush import flusher
-from vzfs.store.layout import (
-    ORIGIN_XATTR,
-)
-from vzfs.store.opened import SPLIT_XATTR, apply_attributes
+from vzfs.store.opened import apply_attributes
 from vzfs.store.ownlink import make_own_link
+from vzfs.store.xattrs import ORIGIN_XATTR, SPLIT_XATTR
 from vzfs.tree.area import PrivateArea, Sync
 from vzfs.tree.attributes import AttributeReader
 from vzfs.tree.become.directory import Directories
@@ -147,7 +145,7 @@ class Copies:
             fd = os.open(name, _NEW_FILE, stat.S_IMODE(mode) & ~_SET_ID, dir_fd=self._area.stage_fd)
         try:
             step("copy-up:made")
-            written = size > 0 and sys.copy_data(source_fd, fd, size)
+            written = size > 0 and linux.copy_data(source_fd, fd, size)
             step("copy-up:copied")
             if written and self._sync is not Sync.NONE:  # names and shared blocks are the journal's, which keeps order
                 self._flush(fd)
@@ -175,7 +173,7 @@ class Copies:
         """
         template = node.template
         assert template is not None
-        copy = fd if fd >= 0 else sys.entry_path(self._area.stage_fd, staged)
+        copy = fd if fd >= 0 else linux.entry_path(self._area.stage_fd, staged)
         follow = fd >= 0
         attributes, xattrs = self._attributes.of(node), self._attributes.xattrs_of(node)
         os.setxattr(copy, ORIGIN_XATTR, template.origin(node.entry), follow_symlinks=follow)
@@ -191,7 +189,7 @@ class Copies:
             self._counters.copy_ups += 1
             if keep_readers:
                 node.last = attributes
-                self._table.split(node, backing, sys.generation_of(fd, b""))
+                self._table.split(node, backing, linux.generation_of(fd, b""))
                 self._table.changed(node.number)
                 return
             self._table.set_own(node, Kind.OWN, backing)

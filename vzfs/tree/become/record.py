@@ -11,13 +11,10 @@ import os
 import stat
 from collections.abc import Callable
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.faults import step
-from vzfs.store.layout import (
-    ATTR_XATTR,
-    XATTR_PREFIX,
-)
 from vzfs.store.record import Record, read_own_xattrs
+from vzfs.store.xattrs import ATTR_XATTR, XATTR_PREFIX
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.attributes import AttributeReader
 from vzfs.tree.become.stage import Stage
@@ -63,7 +60,7 @@ class Records:
         assert template is not None
         staged = self._area.stage_name()
         stage = self._area.stage_fd
-        path = sys.entry_path(stage, staged)
+        path = linux.entry_path(stage, staged)
         os.symlink(template.link_text(node.entry), staged, dir_fd=stage)
         try:
             step("record:made")

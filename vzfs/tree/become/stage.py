@@ -9,12 +9,10 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from vzfs.store import sys
+from vzfs import linux
 from vzfs.store.faults import step
-from vzfs.store.layout import (
-    NLINK_XATTR,
-    OWN_FOLDER_MODE,
-)
+from vzfs.store.layout import OWN_FOLDER_MODE
+from vzfs.store.xattrs import NLINK_XATTR
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.become.effort import best_effort
 from vzfs.tree.node import Node, private_number
@@ -36,7 +34,7 @@ class Stage:
     def folder_like(self, folder: int) -> Iterator[int]:
         """A folder on the stage that gives what is made in it the ACLs that ``folder`` would give it."""
         try:
-            acl = os.getxattr(sys.entry_path(folder, b"."), sys.ACL_XATTRS[1])
+            acl = os.getxattr(linux.entry_path(folder, b"."), linux.ACL_XATTRS[1])
         except OSError:  # ENODATA, EOPNOTSUPP: there is none
             yield self._area.stage_fd
             return
@@ -46,7 +44,7 @@ class Stage:
             cleaning.callback(self._clear, name)
             fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._area.stage_fd)
             cleaning.callback(os.close, fd)
-            os.setxattr(fd, sys.ACL_XATTRS[1], acl)
+            os.setxattr(fd, linux.ACL_XATTRS[1], acl)
             yield fd
 
     def stands_in(self, folder: int, staged: bytes) -> bool:
@@ -65,14 +63,14 @@ class Stage:
 
     def discard(self, staged: bytes) -> None:
         """Remove what was staged in vain."""
-        sys.remove_tree(self._area.stage_fd, staged)
+        linux.remove_tree(self._area.stage_fd, staged)
 
     def place_in_group(self, node: Node, staged: bytes, nlink: int) -> None:
         """Make the staged object the record of the node's link group: all its names change at once."""
         assert node.template is not None
         stage = self._area.stage_fd
         key = node.template.group_key(node.entry)
-        os.setxattr(sys.entry_path(stage, staged), NLINK_XATTR, b"%d" % nlink, follow_symlinks=False)
+        os.setxattr(linux.entry_path(stage, staged), NLINK_XATTR, b"%d" % nlink, follow_symlinks=False)
         step("link-group:staged")
         os.rename(staged, key, src_dir_fd=stage, dst_dir_fd=self._area.links_fd)
         step("link-group:renamed")

@@ -14,16 +14,11 @@ import os
 import struct
 from collections.abc import Iterator
 
-from vzfs.store import sys
+from vzfs import linux
+from vzfs.store.xattrs import TIMES_XATTR
 
 log = logging.getLogger(__name__)
 
-TIMES_XATTR = "trusted.vzfs.times"
-"""On a directory in which something is just being replaced: its modification time, ``i64`` ns since 1970.
-
-Binary, so that it fits into an inode of 256 bytes beside ``trusted.vzfs.origin``: 7 µs on ext4, 120 in a block of its
-own.
-"""
 _NOTE = struct.Struct("<q")
 _NOTABLE = 1 << 63
 """Times beyond, after the year 2262, are set back as well, but not by who comes after a crash."""
@@ -32,7 +27,7 @@ _NOTABLE = 1 << 63
 @contextlib.contextmanager
 def unchanged_times(folder: int) -> Iterator[None]:
     """Keep the times of the directory ``folder`` for a ``with`` block, also if the process dies in it."""
-    info, path = os.fstat(folder), sys.fd_path(folder)
+    info, path = os.fstat(folder), linux.fd_path(folder)
     if abs(info.st_mtime_ns) < _NOTABLE:
         os.setxattr(path, TIMES_XATTR, _NOTE.pack(info.st_mtime_ns))
     try:
