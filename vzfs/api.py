@@ -18,8 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +33,9 @@ from vzfs.errors import (
 )
 from vzfs.fuse import mount as mounts
 from vzfs.fuse import umount as umounts
-from vzfs.fuse.probe import PATIENCE_S, Answer, ask
+from vzfs.fuse.probe import PATIENCE_S
 from vzfs.fuse.table import resolved, vzfs_mount
+from vzfs.status import Status, agreed_of, counts_of, states_of, without_passthrough
 from vzfs.store.conf import NAME, OSTEMPLATE, USERNS_UID, VE_ROOT, Conf
 from vzfs.store.container import (
     NO_UID,
@@ -55,7 +55,7 @@ from vzfs.store.shape import container_paths, faults, is_container
 from vzfs.store.users import template_users
 
 if TYPE_CHECKING:
-    from vzfs.fuse.state import Agreed, State, Statistics
+    from vzfs.fuse.state import Statistics
     from vzfs.store.diff import Change
     from vzfs.store.sources import SourceOptions
     from vzfs.store.template import TemplateInfo
@@ -75,39 +75,6 @@ MAX_BUSY_POLL_US = 10_000
 STATES = ("stopped", "mounting", "mounted", "not answering", "detached", "in use")
 """What a container may be doing. ``not answering``: mounted, its server is stopped or hangs. ``detached``: unmounted
 and served on until the last program that uses it ends. ``in use``: being checked or destroyed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What a container is doing; ``since`` in seconds since 1970, ``ct`` its number, else its path, ``name`` its NAME.
-
-    ``state`` is one of ``STATES``; ``mounted`` says whether there is a root that a program may be started in, so it is
-    true for ``mounted`` and ``not answering``.
-
-    What the engine agreed upon with the kernel: the FUSE ``protocol``, for example ``7.45``, the names of its
-    ``flags``, whether the kernel reads and writes files by itself (``passthrough``), and ``max_write`` in bytes. They
-    are ``None`` where that isn't known: libfuse, below the pyfuse3 engine, doesn't tell.
-
-    ``problem`` says what is wrong with the container's own files at first sight, ``None``: nothing. What they would
-    have told is then empty or ``None``; ``check`` looks closer.
-    """
-
-    ct: str
-    path: str
-    template: str
-    mounted: bool
-    mountpoint: str | None
-    pid: int | None
-    engine: str | None
-    since: float | None
-    read_only: bool
-    protocol: str | None = None
-    flags: tuple[str, ...] | None = None
-    passthrough: bool | None = None
-    max_write: int | None = None
-    state: str = "stopped"
-    name: str | None = None
-    problem: str | None = None
 
 
 class Store:
@@ -192,7 +159,7 @@ class Store:
         As fast for many roots that don't answer as for one.
         """
         found = [(container, *container._holder()) for container in self.containers()]
-        states = _states([holder for _, holder, _ in found])
+        states = states_of([holder for _, holder, _ in found])
         rows = []
         for (container, holder, problems), state in zip(found, states, strict=True):
             with contextlib.suppress(NotFoundError, FileNotFoundError):
@@ -502,7 +469,7 @@ class Container:
         A mounted root is asked, for up to ``patience`` seconds, whether it answers; 0: not.
         """
         holder, found = self._holder()
-        return self._status(holder, found, *_states([holder], patience))
+        return self._status(holder, found, *states_of([holder], patience))
 
     def _holder(self) -> tuple[Holder | None, list[str]]:
         """Who holds it, and what is wrong with its own files at first sight."""
@@ -522,7 +489,7 @@ class Container:
         except (DamagedError, OSError) as error:
             self._refuse_removed()
             found = found or [f"its conf can't be read: {_reason(error)}"]
-        agreed = _agreed(holder)
+        agreed = agreed_of(holder)
         return Status(
             ct=self.ct,
             path=str(self.path),
@@ -535,7 +502,7 @@ class Container:
             read_only=holder.read_only if holder else False,
             protocol=agreed.protocol if agreed else None,
             flags=agreed.flags if agreed else None,
-            passthrough=agreed.passthrough if agreed else _without_passthrough(holder),
+            passthrough=agreed.passthrough if agreed else without_passthrough(holder),
             max_write=agreed.max_write if agreed else None,
             state=state,
             name=name or None,
@@ -561,7 +528,7 @@ class Container:
                 remedy=f"umount and mount it again: vzfs umount {self.ct}; vzfs mount {self.ct}",
             )
         try:
-            with _state_of(holder.pid, holder.state) as state:
+            with counts_of(holder.pid, holder.state) as state:
                 return state.statistics()
         except (FileNotFoundError, ProcessLookupError) as error:
             raise self._not_mounted() from error
@@ -608,56 +575,8 @@ class Container:
             raise BusyError(f"container {self.path} is mounted at {place}", remedy=f"umount {place}")
 
 
-def _states(holders: Sequence[Holder | None], patience: float = PATIENCE_S) -> list[str]:
-    """The state of each of ``holders``; roots that must be asked are asked all at once."""
-    states = [_state(holder) for holder in holders]
-    served = [n for n, state in enumerate(states) if state == "mounted" and patience]
-    for n, answer in zip(served, ask([_root_of(holders[n]) for n in served], patience), strict=True):
-        if answer in (Answer.SILENT, Answer.DEAD):
-            states[n] = "not answering"
-    return states
-
-
-def _state(holder: Holder | None) -> str:
-    """The state as far as it shows without asking the root."""
-    if holder is None:
-        return "stopped"
-    if holder.doing != "serves":
-        return "mounting" if holder.doing == "mounts" else "in use"
-    if umounts.is_detached(holder):
-        return "detached"
-    return "not answering" if umounts.is_stopped(holder.pid) else "mounted"
-
-
-def _root_of(holder: Holder | None) -> tuple[str, str]:
-    """Where the root is to be asked, from whatever mount namespace, and its device."""
-    assert holder is not None
-    return f"/proc/{holder.pid}/root{holder.mountpoint}", holder.device or ""
-
-
 def _reason(error: DamagedError | OSError) -> str:
     return error.message if isinstance(error, DamagedError) else error.strerror or str(error)
-
-
-def _state_of(pid: int, fd: int) -> State:
-    from vzfs.fuse.state import State
-
-    return State.open_of(pid, fd)
-
-
-def _agreed(holder: Holder | None) -> Agreed | None:
-    """What the holder's engine and the kernel agreed upon, as far as that can be seen from here."""
-    if holder is None or holder.state is None:
-        return None
-    try:
-        with _state_of(holder.pid, holder.state) as state:
-            return state.agreed
-    except (OSError, UnsupportedError):  # it ended meanwhile, or is of another version
-        return None
-
-
-def _without_passthrough(holder: Holder | None) -> bool | None:
-    return False if holder is not None and holder.engine == "pyfuse3" else None
 
 
 def _check_busy_poll(microseconds: int, engine: str) -> None:
@@ -672,3 +591,6 @@ def _check_busy_poll(microseconds: int, engine: str) -> None:
 def _need_root() -> None:
     if os.geteuid() != 0:
         raise UnsupportedError("this needs root", remedy="run it as root, e.g. with sudo")
+
+
+__all__ = ["Container", "Status", "Store", "StrPath", "Template"]

@@ -21,10 +21,11 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from vzfs import linux
-from vzfs.fuse import wire
-from vzfs.fuse.client import CAP_FSETID, CAP_SYS_ADMIN, has_capability, in_group
+from vzfs.fuse import ioctl, wire
+from vzfs.fuse.client import CAP_SYS_ADMIN, has_capability
 from vzfs.fuse.device import MAX_WRITE
 from vzfs.fuse.openfiles import OpenFiles
+from vzfs.fuse.setid import SET_ID, drop_set_id, guard_set_id, left_of
 from vzfs.fuse.state import ANSWERED
 from vzfs.fuse.wire import Opcode
 from vzfs.store.index import LIFETIME_S
@@ -44,7 +45,6 @@ SMALL_COPY = 128 << 10
 _RWF_NOWAIT = 8  # <linux/fs.h>: fail with EAGAIN instead of waiting for the disk
 _MODE = 0o177777
 _FLAGS = 0x7FFFFFFF  # of open(2), an int
-_SET_ID = stat.S_ISUID | stat.S_ISGID
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _INDEX, _TREE, _STORE = ANSWERED, ANSWERED + 1, ANSWERED + 2
 _DOTS = (b".", b"..")
@@ -52,13 +52,6 @@ _SOMETHING = 0x1BF
 """Bits of SETATTR's ``valid`` that change something: mode, owner, group, size and times. Without any of them the kernel
 tells that it is about to let somebody write who may not keep set-id bits, by passthrough too, or that chown(2) was
 called for nothing, which takes them as well (fs/fuse/dir.c and file_remove_privs in fs/inode.c)."""
-
-# <linux/fs.h>
-FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
-FS_IOC32_GETFLAGS, FS_IOC32_SETFLAGS = 0x80046601, 0x40046602
-FS_IOC_FSGETXATTR = 0x801C581F
-_XFLAGS = {0x08: 0x20, 0x10: 0x08, 0x20: 0x10, 0x40: 0x80, 0x80: 0x40}
-"""What FS_IOC_FSGETXATTR calls the ``FS_*_FL`` sync, immutable, append, nodump and noatime."""
 
 
 class Handlers:
@@ -173,9 +166,9 @@ class Handlers:
     def _losing_set_id(self, node: int, changes: Changes, kill: bool, client: int) -> Changes:
         """The changes, with the mode that is left to a regular file by a writer or a new owner."""
         now = self._tree.getattr(node)
-        if not stat.S_ISREG(now.mode) or not (kill or now.mode & _SET_ID):
+        if not stat.S_ISREG(now.mode) or not (kill or now.mode & SET_ID):
             return changes
-        mode = _left_of(now.mode, now.gid, client)
+        mode = left_of(now.mode, now.gid, client)
         if not kill and mode & stat.S_ISGID:
             return changes  # chown(2) in the store takes setuid and keeps this
         return replace(changes, mode=stat.S_IMODE(mode))  # also if it stays the same: the change time moves
@@ -353,7 +346,7 @@ class Handlers:
             fd, own = tree.data_of(number, flags)
             try:
                 if kill:
-                    _drop_set_id(fd, client)
+                    drop_set_id(fd, client)
                 file = self._files.known.get(number) or self._files.register(number, fd, own=own, client=client)
                 return self._files.open(file, flags, request)
             finally:
@@ -423,7 +416,7 @@ class Handlers:
     def _write_data(self, node: int, data: bytes | memoryview, offset: int, kill: bool, client: int) -> bytes:
         with self._descriptor(node, os.O_WRONLY) as fd:
             if kill:
-                _drop_set_id(fd, client)
+                drop_set_id(fd, client)
             return wire.WRITE_OUT.pack(os.pwrite(fd, data, offset), 0)
 
     def _fsync(self, node: int, body: memoryview, header: RawHeader) -> Answer:
@@ -455,7 +448,7 @@ class Handlers:
 
     def _allocate(self, node: int, mode: int, offset: int, length: int, client: int) -> bytes:
         with self._descriptor(node, os.O_RDWR) as fd:
-            _guard_set_id(fd, client)
+            guard_set_id(fd, client)
             linux.fallocate(fd, mode, offset, length)
         return b""
 
@@ -489,7 +482,7 @@ class Handlers:
             self._descriptor(source, os.O_RDONLY) as source_fd,
             self._descriptor(target, os.O_WRONLY) as target_fd,
         ):
-            _guard_set_id(target_fd, client)
+            guard_set_id(target_fd, client)
             done = os.copy_file_range(source_fd, target_fd, min(length, 1 << 30), source_at, target_at)
         if wide:
             return wire.COPY_FILE_RANGE_OUT.pack(done)
@@ -501,12 +494,12 @@ class Handlers:
         if len(data) < in_size:
             raise wire.Malformed("its argument is shorter than it says")
         self._words[_STORE] += 1
-        if command in (FS_IOC_GETFLAGS, FS_IOC32_GETFLAGS):
-            return _ioctl_out(self._tree.file_flags(node), out_size)
-        if command == FS_IOC_FSGETXATTR:  # the kernel asks that before it changes flags (vfs_fileattr_set)
+        if command in (ioctl.FS_IOC_GETFLAGS, ioctl.FS_IOC32_GETFLAGS):
+            return ioctl.answer(self._tree.file_flags(node), out_size)
+        if command == ioctl.FS_IOC_FSGETXATTR:  # the kernel asks that before it changes flags (vfs_fileattr_set)
             flags = self._tree.file_flags(node)
-            return _ioctl_out(sum(xflag for flag, xflag in _XFLAGS.items() if flags & flag), out_size)
-        if command in (FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS) and in_size >= 4:
+            return ioctl.answer(ioctl.xflags(flags), out_size)
+        if command in (ioctl.FS_IOC_SETFLAGS, ioctl.FS_IOC32_SETFLAGS) and in_size >= 4:
             return self._later(header, self._set_flags, node, int.from_bytes(data[:4], "little"))
         raise OSError(errno.ENOTTY, "not an ioctl of this file system")
 
@@ -590,37 +583,6 @@ class Handlers:
 
     def _removexattr(self, node: int, body: memoryview, header: RawHeader) -> Answer:
         return self._changing(header, node, self._done, self._tree.removexattr, node, wire.name(body))
-
-
-def _ioctl_out(value: int, size: int) -> bytes:
-    """The answer to an ioctl whose result, of ``size`` bytes, begins with 32 bits of flags."""
-    return wire.IOCTL_OUT.pack(0, 0, 0, 0) + value.to_bytes(4, "little").ljust(size, b"\0")[:size]
-
-
-def _guard_set_id(fd: int, client: int) -> None:
-    """Take set-id bits away where the protocol doesn't say whether the client may keep them."""
-    if os.fstat(fd).st_mode & _SET_ID and not has_capability(client, CAP_FSETID):
-        _drop_set_id(fd, client)
-
-
-def _drop_set_id(fd: int, client: int) -> None:
-    """Take from an open file the set-id bits that a write by ``client``, who may not keep them, takes."""
-    info = os.fstat(fd)
-    mode = _left_of(info.st_mode, info.st_gid, client)
-    if mode != info.st_mode:
-        os.fchmod(fd, stat.S_IMODE(mode))
-
-
-def _left_of(mode: int, gid: int, client: int) -> int:
-    """What is left of a regular file's ``mode`` when ``client`` writes to it or gives it away.
-
-    Setgid without group execute, once a mark for mandatory locking, stays with who is in the group
-    (setattr_should_drop_sgid in fs/attr.c).
-    """
-    left = linux.without_set_id(mode)
-    if left & stat.S_ISGID and not (in_group(client, gid) or has_capability(client, CAP_FSETID)):
-        left &= ~stat.S_ISGID
-    return left
 
 
 def _caller(header: RawHeader, umask: int = 0) -> Caller:

@@ -43,7 +43,7 @@ class Table:
         self.folded: dict[int, OpenTemplate] = {}
         self.places: Places | None = None  # of what a scan has found, see ``vzfs.tree.scan``
         self.resumed = False  # the kernel goes on with what a dead process told it
-        self.stand_ins: set[int] = set()  # of ``Pins.lost``: something in cow/orphans has it
+        self.stand_ins: set[int] = set()  # of ``Pins.lost``, those in cow/orphans
         base = templates.root.base
         self.root = Node(ROOT_NUMBER, Kind.DIRECTORY, base, templates.root, 0)
         self.root.backing = os.stat(linux.fd_path(area.root_fd)).st_ino
