@@ -62,8 +62,8 @@ class Table:
     def new_own(self, kind: Kind, backing: int, generation: int) -> Node:
         """A node for an object of the private area that came from no template, not yet registered.
 
-        ``generation`` is the object's (``linux.generation_of``): the kernel tells by it a new object from one of the same
-        number that is gone, whoever serves it.
+        ``generation`` is the object's (``linux.generation_of``): the kernel tells by it a new object from one of the
+        same number that is gone, whoever serves it.
         """
         number = private_number(backing)
         node = Node(number, kind, number)
