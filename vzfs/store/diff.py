@@ -30,23 +30,13 @@ from pathlib import Path
 from vzfs import linux
 from vzfs.store import magic
 from vzfs.store.granted import Granted
+from vzfs.store.identify import Form, Thing, identify
 from vzfs.store.index import Attributes, Index
 from vzfs.store.layout import Layout
 from vzfs.store.opened import OpenTemplate
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import read_own_xattrs, read_record
-from vzfs.store.survey import (
-    Cursor,
-    Folder,
-    Form,
-    Survey,
-    Templates,
-    Thing,
-    identify,
-    open_links,
-    open_private_area,
-    root_folder,
-)
+from vzfs.store.survey import Cursor, Folder, Survey, Templates, open_links, open_private_area, root_folder
 from vzfs.store.textdiff import CONTENT_MAX, unified_diff
 from vzfs.store.xattrs import RESERVED_PREFIX
 
@@ -278,7 +268,7 @@ class _Differ:
 
     def _identify(self, name: bytes) -> Thing | None:
         try:
-            return identify(self._survey.templates, self._here.fd, name)
+            return identify(self._survey.templates.get, self._here.fd, name)
         except (FileNotFoundError, OSError) as error:
             if error.errno in (errno.ENOENT, errno.ESTALE, errno.EINVAL):
                 return None

@@ -14,10 +14,8 @@ the real directory that came from its parent entry, under its own name. Entries 
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,14 +23,11 @@ from pathlib import Path
 
 from vzfs import linux
 from vzfs.errors import DamagedError, VzfsError
-from vzfs.store import magic
+from vzfs.store.identify import Form, Thing, identify
 from vzfs.store.layout import COW, LINKS, PRIVATE_AREA
 from vzfs.store.opened import OpenTemplate
-from vzfs.store.xattrs import ORIGIN_XATTR
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOATIME
-_ENTRY_DIGITS = 10
-"""Decimal digits of the largest entry number, 2**32 - 1."""
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP)
 """Errors of a directory that another process removed or replaced while it was being read."""
 
@@ -71,110 +66,6 @@ class Templates:
             if template is not None:
                 template.close()
         self._open.clear()
-
-
-class Form(enum.Enum):
-    """What a name of the private area is."""
-
-    LINK = "magic link"
-    FOREIGN = "magic link into a template that can't be opened"
-    DANGLING = "magic link to nothing"
-    MALFORMED = "malformed magic link"
-    DIRECTORY = "directory"
-    OWN = "anything else"
-
-
-@dataclass(frozen=True, slots=True)
-class Thing:
-    """One name of the private area. ``template`` and ``entry`` tell what it stands for or was copied from, if anything.
-
-    ``text`` is a magic link's; ``origin`` is the stored origin of what is no magic link, also one that means nothing.
-    """
-
-    form: Form
-    info: os.stat_result
-    template: OpenTemplate | None = None
-    entry: int = 0
-    text: bytes = b""
-    origin: bytes | None = None
-
-    @property
-    def number(self) -> int:
-        """The number of the entry, or -1."""
-        return -1 if self.template is None else self.template.base + self.entry
-
-    @property
-    def bad_origin(self) -> bool:
-        """Whether the stored origin means nothing."""
-        return self.origin is not None and self.template is None
-
-    def is_folded(self) -> bool:
-        """Whether this is a magic link to a directory."""
-        return self.form is Form.LINK and self.template is not None and self.template.index.is_directory(self.entry)
-
-    def in_group(self, groups: set[bytes]) -> bool:
-        """Whether it is a name of a hard link group: of the template, or with a record in ``groups``."""
-        template = self.template
-        if template is None or self.form is not Form.LINK or template.index.is_directory(self.entry):
-            return False
-        return template.index.next_link[self.entry] != self.entry or template.group_key(self.entry) in groups
-
-
-def identify(templates: Templates, dir_fd: int, name: bytes) -> Thing:
-    """What ``name`` in ``dir_fd`` is. Raises ``FileNotFoundError`` and other ``OSError``."""
-    info = os.lstat(name, dir_fd=dir_fd)
-    if stat.S_ISLNK(info.st_mode):
-        text = os.readlink(name, dir_fd=dir_fd)
-        if magic.is_magic(text):
-            return _identify_link(templates, info, text)
-    form = Form.DIRECTORY if stat.S_ISDIR(info.st_mode) else Form.OWN
-    origin = read_xattr(linux.entry_path(dir_fd, name), ORIGIN_XATTR)
-    if origin is None:
-        return Thing(form, info)
-    template, entry = _find_origin(templates, origin)
-    if template is None or template.index.is_directory(entry) != (form is Form.DIRECTORY):
-        return Thing(form, info, origin=origin)
-    return Thing(form, info, template, entry, origin=origin)
-
-
-def _identify_link(templates: Templates, info: os.stat_result, text: bytes) -> Thing:
-    link = magic.parse(text)
-    if link is None or not link.path:
-        return Thing(Form.MALFORMED, info, text=text)
-    template = templates.get(link.template)
-    if template is None:
-        return Thing(Form.FOREIGN, info, text=text)
-    entry = template.index.find_path(link.path)
-    if entry is None:
-        return Thing(Form.DANGLING, info, text=text)
-    return Thing(Form.LINK, info, template, entry, text)
-
-
-def _find_origin(templates: Templates, data: bytes) -> tuple[OpenTemplate | None, int]:
-    origin = parse_origin(data)
-    template = templates.get(origin[0]) if origin else None
-    if origin is None or template is None or origin[1] >= template.index.count:
-        return None, 0
-    return template, origin[1]
-
-
-def parse_origin(data: bytes) -> tuple[str, int] | None:
-    """Template name and entry number that a ``trusted.vzfs.origin`` says; the template's root is never one."""
-    name, _, entry_text = data.decode("ascii", "replace").partition("/")
-    if not magic.valid_template_name(name) or not entry_text.isdecimal() or len(entry_text) > _ENTRY_DIGITS:
-        return None
-    entry = int(entry_text)
-    return (name, entry) if entry else None
-
-
-def read_xattr(path: bytes, name: str) -> bytes | None:
-    """Value of an extended attribute of what is at ``path``, not followed; ``None`` when there is none."""
-    try:
-        return os.getxattr(path, name, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return None
-        raise
 
 
 # ------------------------------------------------------------------------------------------------------- directories
@@ -363,7 +254,7 @@ class Survey:
         below = []
         for name in cursor.names():
             with _vanishing():
-                thing = identify(self.templates, cursor.fd, name)
+                thing = identify(self.templates.get, cursor.fd, name)
                 child = self._place(folder, name, thing, here)
                 if child is not None:
                     below.append(child)

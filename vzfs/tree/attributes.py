@@ -10,7 +10,7 @@ import os
 import stat
 
 from vzfs import linux
-from vzfs.store import magic
+from vzfs.store.identify import Form, follow
 from vzfs.store.index import LIFETIME_S, Attributes
 from vzfs.store.ownlink import read_own_link
 from vzfs.store.record import Record, read_own_xattrs, read_record
@@ -140,12 +140,5 @@ class AttributeReader:
             os.close(fd)
 
     def _means_directory(self, text: bytes) -> bool:
-        link = magic.parse(text)
-        if link is None:
-            return False
-        try:
-            index = self._templates.get(link.template).index
-        except OSError:
-            return False
-        entry = index.find_path(link.path)
-        return entry is not None and index.is_directory(entry)
+        meant = follow(self._templates.get_or_none, text)
+        return not isinstance(meant, Form) and meant[0].index.is_directory(meant[1])

@@ -13,15 +13,15 @@ import stat
 
 from vzfs import linux
 from vzfs.store import magic
+from vzfs.store.identify import Form, follow, read_xattr
 from vzfs.store.index import Attributes
 from vzfs.store.opened import OpenTemplate
 from vzfs.store.record import read_record
-from vzfs.store.survey import read_xattr
 from vzfs.store.xattrs import ORIGIN_XATTR, SPLIT_XATTR
 from vzfs.tree.area import PrivateArea, node_name
 from vzfs.tree.become.times import restore_times
 from vzfs.tree.durable import unknown_attributes
-from vzfs.tree.node import ROOT_NUMBER, Kind, Node, Place, private_number
+from vzfs.tree.node import Kind, Node, Place, private_number
 from vzfs.tree.pins import Pins
 from vzfs.tree.scan import scan
 from vzfs.tree.table import Table
@@ -237,13 +237,11 @@ class Lookup:
             here = parent.template.index.find(parent.entry, name)
             if here and text == self._prefix[1] + name:
                 return parent.template, here
-        link = magic.parse(text)
-        template = self._templates.get_or_none(link.template) if link else None
-        entry = template.index.find_path(link.path) if link and template else None
-        if template is None or entry is None or self._templates.number_of(template, entry) == ROOT_NUMBER:
-            log.error("%r is a malformed or dangling magic link: %r", name, text)
+        meant = follow(self._templates.get_or_none, text)
+        if isinstance(meant, Form):
+            log.error("%r is a %s: %r", name, meant.value, text)
             return None
-        return template, entry
+        return meant
 
     def _damaged(self, parent: Node, name: bytes, info: os.stat_result) -> Node:
         """The node of a magic link that means nothing here: it can be seen and removed, and nothing else."""

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from vzfs import linux
 from vzfs.store import magic
+from vzfs.store.identify import Form, follow
 from vzfs.store.opened import OpenTemplate
 from vzfs.store.survey import Folder, root_folder
 from vzfs.tree.area import PrivateArea
@@ -84,15 +85,11 @@ class _Reader:
         return below
 
     def _note_link(self, name: bytes, text: bytes) -> None:
-        link = magic.parse(text)
-        if link is None:
+        meant = follow(self._templates.get_or_none, text)
+        if isinstance(meant, Form):
             return  # damaged, which a look-up will tell
-        try:
-            template = self._templates.get(link.template)
-        except OSError:
-            return
-        entry = template.index.find_path(link.path)
-        if not entry or self._is_default_place(template.base + entry, name):
+        template, entry = meant
+        if self._is_default_place(template.base + entry, name):
             return
         self._places.setdefault(self._templates.number_of(template, entry), (self._number, name))
 

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from vzfs.errors import VzfsError
+from vzfs.store.identify import parse_origin
 from vzfs.store.opened import OpenTemplate
-from vzfs.store.survey import parse_origin
 from vzfs.tree.node import ROOT_NUMBER
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class TemplatesInUse:
         return above is not None and template.index.attributes(entry).size > above
 
     def get_or_none(self, name: str) -> OpenTemplate | None:
+        """The same for who follows a link that may be damaged: ``None`` instead of an error."""
         try:
             return self.get(name)
         except OSError as error:

@@ -14,10 +14,11 @@ from vzfs.store import magic
 from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.escape import printable
+from vzfs.store.identify import read_xattr
 from vzfs.store.layout import COW, LINKS, STAGE
 from vzfs.store.opened import OpenTemplate, parse_group_key
 from vzfs.store.record import Record
-from vzfs.store.survey import Spot, Survey, read_xattr
+from vzfs.store.survey import Spot, Survey
 from vzfs.store.xattrs import ATTR_XATTR, NLINK_XATTR, RESERVED_PREFIX, SPLIT_XATTR
 
 

@@ -15,9 +15,10 @@ from vzfs.store.check.finding import Mend, Report
 from vzfs.store.check.ground import Ground
 from vzfs.store.check.groups import is_record, make_record
 from vzfs.store.escape import printable
+from vzfs.store.identify import Form, Thing, identify, read_xattr
 from vzfs.store.layout import PRIVATE_AREA
 from vzfs.store.opened import OpenTemplate
-from vzfs.store.survey import Folder, Form, Spot, Survey, Thing, identify, read_xattr
+from vzfs.store.survey import Folder, Spot, Survey
 from vzfs.store.xattrs import ATTR_XATTR, FOLDS_XATTR, ORIGIN_XATTR, SPLIT_XATTR
 
 
@@ -157,7 +158,7 @@ def _find_places(ground: Ground, survey: Survey, template: OpenTemplate, entry: 
     for spot in _spots(survey, template, entry):
         fd = spot.folder.open(ground.root_fd)
         try:
-            thing = identify(survey.templates, fd, spot.name)
+            thing = identify(survey.templates.get, fd, spot.name)
         finally:
             os.close(fd)
         inode = (spot.folder.ino, spot.name) if thing.form is Form.LINK else thing.info.st_ino
