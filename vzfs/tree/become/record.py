@@ -38,14 +38,15 @@ class Records:
 
     def change(self, node: Node, change: Callable[[Record], Record], xattrs: dict[str, bytes] | None = None) -> None:
         """Keep changed attributes, and the whole set of extended ones if given, of a template file without its data."""
-        record = self._attributes.record_or_none(node)
-        record = change(record)
+        before = self._attributes.record_or_none(node)
+        record = change(before)
         if node.kind is Kind.RECORD:
             path = self._lookup.path(node)
             if xattrs is not None:
                 self._replace_xattrs(path, xattrs)
             os.setxattr(path, ATTR_XATTR, record.encode(), follow_symlinks=False)
-            _touch(path)  # the same value again would not move the change time
+            if record == before:
+                _touch(path)  # the same value again does not move the change time
             node.record = record
             return
         self.make(node, record, xattrs, self._attributes.of(node).nlink)
