@@ -345,7 +345,7 @@ class Vzfs(System):
         store = self.store(ground)
         container = store.create(place / f"{self.engine}-{next(self._numbers)}", template=ground.template)
         try:
-            root = container.mount(made(place / "root"), engine=self.engine, timeout=MOUNT_TIMEOUT_S)
+            root = container.mount(place / "root", mkdir=True, engine=self.engine, timeout=MOUNT_TIMEOUT_S)
         except BaseException:
             container.destroy()
             raise

@@ -7,6 +7,7 @@ before the folder goes; nothing else on the machine is touched.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -215,6 +216,13 @@ def _serves(pid: int) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ fixtures
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each process that runs tests beside others a mount namespace: a test that makes one copies all mounts that it
+    sees, and keeps those of others busy."""
+    if hasattr(config, "workerinput") and ctypes.CDLL(None, use_errno=True).unshare(calls.CLONE_NEWNS) < 0:
+        raise OSError(ctypes.get_errno(), "unshare")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -366,6 +366,7 @@ def test_a_shape_is_made_as_it_says(tmp_path: Path) -> None:
     assert (tmp_path / "top00/d00000/f000039").is_file()
 
 
+@pytest.mark.alone
 def test_dropping_and_reading_are_seen(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(8 << 20))

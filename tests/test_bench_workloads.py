@@ -369,6 +369,7 @@ def test_a_pause_between_operations_is_counted_and_one_before_the_first_is_not(r
     assert min(pauses) >= 20_000_000
 
 
+@pytest.mark.alone
 def test_page_cache_is_counted_and_shared_where_the_kernel_shares_it(rig: Rig) -> None:
     content = os.urandom(32 << 20)
     grown = []

@@ -28,7 +28,8 @@ from vzfs.linux import RENAME_EXCHANGE
 from vzfs.store import opened
 from vzfs.store.faults import VARIABLE, FaultPoints
 from vzfs.store.lock import LOCK, read_holder
-from vzfs.tree import own, tree
+from vzfs.tree import groups, link, make, orphans, remove, rename
+from vzfs.tree.become import directory, file, record, stage
 
 PATIENCE_S = 120.0
 MOST_STEPS = 60
@@ -81,6 +82,8 @@ PASSWD, PASSWD_COPY, LARGE = b"etc/passwd", b"tmp/passwd", b"lib/large"
 PAIR_A, PAIR_B = b"usr/share/pair-a", b"usr/share/pair-b"
 EMPTY_FOLDED, EMPTY_REAL = b"var/nest/ed/empty", b"tmp/real"
 MAKE_OPEN = [call("chmod", b"var/mail", 0o2777), call("chmod", b"usr/acl", 0o777)]
+
+WITH_STEPS = (directory, file, groups, link, make, opened, orphans, record, remove, rename, stage)
 
 CASES = {
     "copy-up": Case([put(PASSWD, b"new")], UNFOLD | COPY),
@@ -380,7 +383,7 @@ def steps_of(bench: Bench, case: Case, monkeypatch: pytest.MonkeyPatch) -> list[
     passed: list[str] = []
     container = bench.prepared()
     with monkeypatch.context() as patch:
-        for module in (own, opened, tree):
+        for module in WITH_STEPS:
             patch.setattr(module, "step", passed.append)
         with _tree(container) as fs:
             fs.caller = fs.caller._replace(uid=case.uid, gid=case.uid)
@@ -402,7 +405,7 @@ def scratch(clean_path: Path) -> Path:
 def arm(setting: str) -> None:
     """Arm the fault points of this process."""
     step = FaultPoints(setting).step
-    for module in (own, opened, tree):
+    for module in WITH_STEPS:
         module.step = step  # type: ignore[attr-defined]
 
 

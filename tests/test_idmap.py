@@ -349,4 +349,5 @@ def test_a_mapped_mount_outlives_the_other(container: EngineContainer, clean_pat
     assert str(clean_path / "mapped") in str(refusal.value)
     assert (clean_path / "mapped/etc/passwd").read_bytes()
     calls.umount2(os.fsencode(clean_path / "mapped"), 0)
+    container.umount()
     wait_for(lambda: not container.status().mounted)

@@ -663,7 +663,9 @@ def test_logging_to_the_journal(rig: Rig) -> None:
 FAILING = """
 import sys
 from vzfs import Store
+from vzfs.tree.orphans import Orphans
 from vzfs.tree.tree import Tree
+from vzfs.tree.xattrs import ExtendedAttributes
 
 def broken(*arguments):
     raise RuntimeError("broken on purpose")
@@ -672,8 +674,8 @@ def nameless(*arguments):
     raise OSError("without a number")
 
 Tree.readlink = broken
-Tree.getxattr = nameless
-Tree.forget = broken
+ExtendedAttributes.get = nameless
+Orphans.forget = broken
 Store(sys.argv[1]).container(101).serve(log=sys.argv[2], engine=sys.argv[3])
 """
 

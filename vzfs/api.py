@@ -486,7 +486,7 @@ class Container:
             template, name = conf.get(OSTEMPLATE), conf.get(NAME)
             if not valid_template_name(template):
                 found = [*found, f"its conf names no template: {OSTEMPLATE} is {template!r}"]
-        except (DamagedError, OSError) as error:
+        except (DamagedError, NotFoundError, OSError) as error:
             self._refuse_removed()
             found = found or [f"its conf can't be read: {_reason(error)}"]
         agreed = agreed_of(holder)
@@ -575,8 +575,8 @@ class Container:
             raise BusyError(f"container {self.path} is mounted at {place}", remedy=f"umount {place}")
 
 
-def _reason(error: DamagedError | OSError) -> str:
-    return error.message if isinstance(error, DamagedError) else error.strerror or str(error)
+def _reason(error: VzfsError | OSError) -> str:
+    return error.message if isinstance(error, VzfsError) else error.strerror or str(error)
 
 
 def _check_busy_poll(microseconds: int, engine: str) -> None:
