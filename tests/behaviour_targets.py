@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from tests.behaviours import BEHAVIOURS, FEATURES, Behaviour, plant
-from tests.engines import ENGINES, EngineStore
+from tests.engines import ENGINES, NEWER, EngineStore
 from vzfs import Container
 
 # What libfuse 3.14 and pyfuse3 do not pass on, or the kernel does not ask of them.
@@ -73,6 +73,7 @@ class _MountTarget:
 
     kind: str
     _options: ClassVar[Mapping[str, int]] = {}
+    _withheld = 0
 
     def __init__(self, engine: str, tmp_path: Path) -> None:
         self.name = name_of(engine, self.kind)
@@ -82,7 +83,7 @@ class _MountTarget:
         self._container: Container | None = None
 
     def _mount(self, template_tree: Path) -> Path:
-        store = EngineStore(self._root, self._engine)
+        store = EngineStore(self._root, self._engine, self._withheld)
         store.create_template("behaviours", str(template_tree))
         self._container = store.create(101, template="behaviours")
         return self._container.mount(**self._options)
@@ -137,6 +138,13 @@ class MountPassed(MountTemplate):
         self.features -= _PASSED
 
 
+class MountServed(MountTemplate):
+    """The same with nothing passed through, as on the kernel of Debian 12."""
+
+    kind = "served"
+    _withheld = int(NEWER)
+
+
 Factory = Callable[[Path], Target]
 
 # Every target there is, by name; all run unless VZFS_BEHAVIOUR_TARGETS says otherwise.
@@ -146,14 +154,14 @@ FACTORIES: dict[str, Factory] = {PlainTarget.name: PlainTarget} | {
     for target in (MountFresh, MountTemplate)
 }
 if "direct" in ENGINES:
-    FACTORIES[name_of("direct", MountPassed.kind)] = partial(MountPassed, "direct")
+    for special in (MountPassed, MountServed):
+        FACTORIES[name_of("direct", special.kind)] = partial(special, "direct")
 
 # The groups of behaviours that say something of a target which differs from another in what happens to open files only.
-GROUPS = {
-    name_of("direct", MountPassed.kind): frozenset(
-        {"data", "exec", "links", "locks", "openfiles", "permissions", "rename", "setid", "times", "unlinked", "xattrs"}
-    )
-}
+_OF_OPEN_FILES = frozenset(
+    {"data", "exec", "links", "locks", "openfiles", "permissions", "rename", "setid", "times", "unlinked", "xattrs"}
+)
+GROUPS = {name_of("direct", special.kind): _OF_OPEN_FILES for special in (MountPassed, MountServed)}
 
 
 def chosen_targets() -> list[str]:

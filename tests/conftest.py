@@ -219,8 +219,8 @@ def _serves(pid: int) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each process that runs tests beside others a mount namespace: a test that makes one copies all mounts that it
-    sees, and keeps those of others busy."""
+    """Give each process that runs tests beside others a mount namespace: a test that makes one copies all mounts that
+    it sees, and keeps those of others busy."""
     if hasattr(config, "workerinput") and ctypes.CDLL(None, use_errno=True).unshare(calls.CLONE_NEWNS) < 0:
         raise OSError(ctypes.get_errno(), "unshare")
 

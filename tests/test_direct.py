@@ -24,10 +24,12 @@ import pytest
 
 from tests.behaviours.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate, link_descriptor
 from tests.conftest import ACL, LARGE_SIZE, SMALL, SPARSE_SIZE, make_source
-from tests.engines import EngineContainer, EngineStore
+from tests.engines import NEWER, EngineContainer, EngineStore
 from tests.realuse_helpers import alive, asked, environment, expect, in_child, loop_mounted, run, settled, wait_for
 from vzfs import linux as calls
+from vzfs.errors import UnsupportedError
 from vzfs.fuse.openfiles import REGISTERED
+from vzfs.fuse.wire import InitFlag
 from vzfs.store.lock import read_holder
 
 KIB, MIB, PAGE = 1 << 10, 1 << 20, mmap.PAGESIZE
@@ -794,7 +796,8 @@ from vzfs import Store, VzfsError
 container = Store(sys.argv[1]).container(101)
 try:
     root = container.mount(engine=sys.argv[2], timeout=60)
-    print(container.status().engine, (root / "etc/passwd").read_text(), os.listdir(root / "etc"))
+    status = container.status()
+    print(status.engine, status.passthrough, (root / "etc/passwd").read_text(), os.listdir(root / "etc"))
     container.umount(timeout=60)
 except VzfsError as error:
     print(type(error).__name__, error.message, error.remedy)
@@ -808,17 +811,36 @@ def without_permission(container: EngineContainer, engine: str) -> str:
     return run(*namespace, *program, env=environment())
 
 
-def test_auto_takes_pyfuse3_where_passthrough_is_not_permitted(container: EngineContainer) -> None:
+def test_nothing_is_passed_through_where_that_is_not_permitted(container: EngineContainer) -> None:
     said = without_permission(container, "auto")
-    assert said.startswith("pyfuse3 root:x:0:0::/:/bin/sh")
+    assert said.startswith("direct False root:x:0:0::/:/bin/sh")
     assert "'conf.d'" in said
-    assert "engine pyfuse3, because FUSE passthrough needs CAP_SYS_ADMIN" in (container.path / "vzfs.log").read_text()
+    assert "FUSE passthrough needs CAP_SYS_ADMIN on the node" in (container.path / "vzfs.log").read_text()
+
+
+def older(container: EngineContainer, withheld: InitFlag) -> EngineContainer:
+    """The same container as on a kernel that doesn't offer some flags."""
+    return EngineStore(container.store.root, "auto", withheld).container(container.ct)
+
+
+def test_auto_takes_the_direct_engine_without_passthrough(container: EngineContainer) -> None:
+    with older(container, NEWER).mounted():
+        status = container.status()
+        assert (status.engine, status.passthrough) == ("direct", False)
+        assert status.flags is not None and not {"PASSTHROUGH", "HAS_RESEND", "AUTO_INVAL_DATA"} & set(status.flags)
+    assert "this kernel has no FUSE passthrough" in (container.path / "vzfs.log").read_text()
+
+
+def test_auto_takes_pyfuse3_where_the_kernel_is_too_old(container: EngineContainer) -> None:
+    with older(container, NEWER | InitFlag.INIT_EXT).mounted():
+        assert container.status().engine == "pyfuse3"
+    assert "engine pyfuse3, because this kernel is too old for it" in (container.path / "vzfs.log").read_text()
 
 
 def test_direct_says_why_it_can_not(container: EngineContainer) -> None:
-    said = without_permission(container, "direct")
-    assert said.startswith("UnsupportedError FUSE passthrough needs CAP_SYS_ADMIN")
-    assert "--engine pyfuse3" in said
+    with pytest.raises(UnsupportedError, match="too old") as caught:
+        older(container, NEWER | InitFlag.INIT_EXT).mount(engine="direct")
+    assert "--engine pyfuse3" in caught.value.remedy
     with container.mounted(engine="direct"):  # nothing is left of the attempt
         assert container.status().engine == "direct"
 

@@ -63,10 +63,10 @@ def init_request(minor: int, flags: int, flags2: int | None, opcode: int = 26) -
 @pytest.mark.parametrize(
     ("request_bytes", "offer"),
     [
-        (init_request(45, 1 << 30, 1 << 5), Offer(7, 45, True)),
-        (init_request(45, 0, 1 << 5), Offer(7, 45, False)),  # flags2 counts only with INIT_EXT
-        (init_request(39, 1 << 30, 1 << 4), Offer(7, 39, False)),
-        (init_request(31, 0, None), Offer(7, 31, False)),  # an old kernel's short request
+        (init_request(45, 1 << 30, 1 << 5), Offer(7, 45, True, True)),
+        (init_request(45, 0, 1 << 5), Offer(7, 45, False, False)),  # flags2 counts only with INIT_EXT
+        (init_request(39, 1 << 30, 1 << 4), Offer(7, 39, True, False)),
+        (init_request(31, 0, None), Offer(7, 31, False, False)),  # an old kernel's short request
     ],
 )
 def test_decode_init(request_bytes: bytes, offer: Offer) -> None:
@@ -181,21 +181,23 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int,
     assert by_name(examine(tmp_path))["open files"].ok == ok
 
 
-@pytest.mark.parametrize("passthrough", [True, False])
-def test_missing_programs_and_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, passthrough: bool) -> None:
-    """Only the engine pyfuse3 needs its modules, and it has to serve where the kernel has no passthrough."""
+@pytest.mark.parametrize("direct", [True, False])
+def test_missing_programs_and_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, direct: bool) -> None:
+    """Only the engine pyfuse3 needs its modules, and it has to serve where the kernel is too old for the direct one."""
 
     def broken(name: str) -> None:
         raise ImportError(f"libfuse3.so.3: cannot open shared object file ({name})")
 
     monkeypatch.setattr(doctor.shutil, "which", lambda *args, **options: None)
     monkeypatch.setattr(doctor, "import_module", broken)
-    monkeypatch.setattr(doctor, "ask_kernel", lambda: Offer(7, 45, passthrough))
+    monkeypatch.setattr(doctor, "ask_kernel", lambda: Offer(7, 37 if direct else 34, direct, False))
     findings = by_name(examine(tmp_path))
     assert (findings["debootstrap"].ok, findings["fusermount3"].ok) == ("warning", "warning")
     for name in ("pyfuse3", "trio"):
-        assert findings[name].ok == ("warning" if passthrough else "missing")
-        assert ("only --engine pyfuse3" in findings[name].remedy) == passthrough
+        assert findings[name].ok == ("warning" if direct else "missing")
+        assert ("only --engine pyfuse3" in findings[name].remedy) == direct
+    assert findings["direct engine"].ok == ("ok" if direct else "warning")
+    assert findings["FUSE passthrough"].ok == "warning"
     assert findings["xattr"].ok == "missing"
     assert "pip install 'pyfuse3" in findings["pyfuse3"].remedy
 

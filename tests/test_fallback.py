@@ -1,7 +1,7 @@
-"""Files that the kernel refuses to pass through: the direct engine serves their data itself, and nothing else differs.
+"""Files that the kernel doesn't pass through: the direct engine serves their data itself, and nothing else differs.
 
-The store lies on kernel overlayfs, on which another file system may not be stacked twice: BACKING_OPEN gives ELOOP for
-everything in it.
+Either the store lies on kernel overlayfs, on which another file system may not be stacked twice: BACKING_OPEN gives
+ELOOP for everything in it. Or it is as with a kernel before Linux 6.9, which has no passthrough.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 
 from tests.behaviours.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate, link_descriptor
 from tests.conftest import LARGE_SIZE, SMALL, make_source
-from tests.engines import EngineContainer, EngineStore
+from tests.engines import NEWER, EngineContainer, EngineStore
 from tests.realuse_helpers import alive, expect, manifest, run, unmount_below, wait_for
 from vzfs.fuse import wire
 from vzfs.fuse.device import Device
@@ -32,9 +32,27 @@ MIB = 1 << 20
 TURNS = 1500
 
 
+@pytest.fixture(params=["on overlayfs", "older kernel"])
+def container(request: pytest.FixtureRequest, clean_path: Path) -> Iterator[EngineContainer]:
+    """A container of a store on overlayfs, or as an older kernel has it."""
+    source = make_source(clean_path / "source")
+    (source / "big").write_bytes(os.urandom(MIB) * 8)
+    if request.param == "older kernel":
+        store = EngineStore(clean_path / "vz", "direct", NEWER)
+        store.create_template(SMALL, str(source))
+        yield store.create(101, template=SMALL)
+        return
+    yield from _on_overlayfs(clean_path, source)
+
+
 @pytest.fixture
-def container(clean_path: Path) -> Iterator[EngineContainer]:
-    """A container of a store on overlayfs."""
+def on_overlayfs(clean_path: Path) -> Iterator[EngineContainer]:
+    source = make_source(clean_path / "source")
+    (source / "big").write_bytes(os.urandom(MIB) * 8)
+    yield from _on_overlayfs(clean_path, source)
+
+
+def _on_overlayfs(clean_path: Path, source: Path) -> Iterator[EngineContainer]:
     folders = [clean_path / name for name in ("lower", "upper", "work", "stacked")]
     for folder in folders:
         folder.mkdir()
@@ -43,8 +61,6 @@ def container(clean_path: Path) -> Iterator[EngineContainer]:
     run("mount", "-t", "overlay", "overlay", "-o", options, stacked)
     try:
         store = EngineStore(stacked / "vz", "direct")
-        source = make_source(clean_path / "source")
-        (source / "big").write_bytes(os.urandom(MIB) * 8)
         store.create_template(SMALL, str(source))
         yield store.create(101, template=SMALL)
     finally:
@@ -291,8 +307,9 @@ def test_descriptors_are_given_back(root: Path, container: EngineContainer) -> N
     wait_for(lambda: descriptors() <= before + 2)
 
 
-def test_the_refusal_is_the_kernels(container: EngineContainer, tmp_path: Path) -> None:
+def test_the_refusal_is_the_kernels(on_overlayfs: EngineContainer, tmp_path: Path) -> None:
     """What this file is about: the same file system below refuses the registration."""
+    container = on_overlayfs
     with container.mounted():
         holder = read_holder(container.path)
         assert holder is not None and alive(holder.pid)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import EngineStore, each_engine
+from tests.engines import ENGINES, NEWER, EngineStore
 
 NAMES = ("a", "b", "d/c", "d/linked", "linked", "d/e/deep", "big", "new", "d/new")
 STEPS = 400
@@ -209,11 +209,17 @@ def _lock(fd: int, at: int) -> object:
 
 
 @pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 60))])
-@each_engine
-def test_what_is_held_behaves_as_on_a_plain_directory(clean_path: Path, engine: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "withheld"),
+    [
+        *(pytest.param(engine, 0, id=engine) for engine in ENGINES),
+        pytest.param("direct", int(NEWER), id="older kernel"),
+    ],
+)
+def test_what_is_held_behaves_as_on_a_plain_directory(clean_path: Path, engine: str, withheld: int, seed: int) -> None:
     plant(clean_path / "source")
     shutil.copytree(clean_path / "source", clean_path / "plain", copy_function=_copy_once({}))
-    store = EngineStore(clean_path / "vz", engine)
+    store = EngineStore(clean_path / "vz", engine, withheld)
     store.create_template("t", str(clean_path / "source"))
     container = store.create(101, template="t")
     done = []

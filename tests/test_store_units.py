@@ -930,7 +930,7 @@ def assert_no_trace(layout: Layout) -> None:
 DIE = """
 import itertools, os, signal, sys
 from vzfs import Store
-from vzfs.store import sys as calls
+from vzfs import linux as calls
 
 what, name, count, source, root = sys.argv[1:]
 left = itertools.count(int(count), -1)

@@ -22,10 +22,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import PATIENCE_S, EngineContainer, EngineStore
+from tests.engines import NEWER, PATIENCE_S, EngineContainer, EngineStore
 from tests.realuse_helpers import alive, clean, environment, wait_for
+from vzfs.errors import UnsupportedError
+from vzfs.fuse.device import MAX_WRITE
+from vzfs.fuse.direct import WANTED, Engine
 from vzfs.fuse.mount import PASSTHROUGH_ABOVE
+from vzfs.fuse.state import State
 from vzfs.store.lock import read_holder
+from vzfs.tree.tree import Tree
 
 FILES = 300
 PAUSE_S = 0.5
@@ -351,3 +356,20 @@ def test_changes_caught_in_the_middle_are_done_once(tmp_path: Path) -> None:
         assert [client.errors for client in clients] == [[], [], []]
         for seed in range(3):
             assert os.listdir(mount.root / f"w{seed}") == []
+
+
+def test_a_kernel_that_does_not_resend_takes_no_successor(tmp_path: Path) -> None:
+    """What the dead one had read and not answered would never be answered."""
+    (tmp_path / "source").mkdir()
+    store = EngineStore(tmp_path / "vz", "direct")
+    store.create_template("t", str(tmp_path / "source"))
+    state = State.create()
+    with contextlib.ExitStack() as ending:
+        ending.callback(os.close, state.fd)
+        state.agree(int(WANTED & ~NEWER), 37, MAX_WRITE)
+        tree = Tree(store.layout, store.create(101, template="t").path)
+        ending.callback(tree.close)
+        fd = os.open("/dev/null", os.O_RDWR)
+        ending.callback(os.close, fd)
+        with pytest.raises(UnsupportedError, match="doesn't resend"):
+            Engine(tree, fd, state).resume()

@@ -319,7 +319,8 @@ class Container:
     ) -> Path:
         """Mount it, served by a process of its own, and return where when the root is usable.
 
-        ``engine`` is ``auto`` (direct where this machine can, else pyfuse3), ``direct`` or ``pyfuse3``.
+        ``engine`` is ``auto`` (direct where this machine can, from Linux 5.17 on, else pyfuse3), ``direct`` or
+        ``pyfuse3``.
         ``busy_poll_us`` is for how many microseconds the direct engine looks for the next request before it sleeps,
         which costs CPU. ``passthrough_above`` is the size in bytes (64 KiB) above which it lets the kernel read a
         template's file by itself: such a file is in memory once for all containers, but who reads it while another

@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Literal
@@ -44,6 +44,7 @@ FUSE_IN_HEADER = struct.Struct("<IIQQIIIHH")
 FUSE_INIT_IN = struct.Struct("<IIIII")  # major, minor, max_readahead, flags, flags2
 INIT_EXT = 1 << 30
 PASSTHROUGH_FLAGS2 = 1 << (37 - 32)
+DIRECT_ENGINE = "direct engine"
 FUSE_MINIMUM_READ = 8192  # FUSE_MIN_READ_BUFFER of linux/fuse.h
 
 CLONE_NEWNS = 0x00020000
@@ -80,7 +81,7 @@ def can_run(findings: Iterable[Finding]) -> bool:
 def examine(root: Path) -> list[Finding]:
     """Examine this machine for a store at ``root``, which need not exist. Takes less than a second; never raises."""
     protocol = list(_fuse_protocol())
-    direct = all(finding.ok == "ok" for finding in protocol)
+    direct = any(finding.name == DIRECT_ENGINE and finding.ok == "ok" for finding in protocol)
     findings = [_python(), _kernel(), _device(), *protocol, _capabilities(), _fusermount()]
     findings += [_of_pyfuse3(finding, direct=direct) for finding in _pyfuse3()]
     findings += [_module("xattr", "0.10"), *_store(root), _open_files(), _debootstrap()]
@@ -131,6 +132,8 @@ class Offer:
 
     major: int
     minor: int
+    direct: bool
+    """Whether the direct engine can take it: Linux 5.17 and later."""
     passthrough: bool
 
 
@@ -142,10 +145,14 @@ def _fuse_protocol() -> Iterator[Finding]:
         yield Finding("FUSE mount", "missing", f"a trial mount failed: {error.strerror or error}", remedy)
         return
     yield Finding("FUSE mount", "ok", f"a trial mount worked, protocol {offer.major}.{offer.minor}")
+    if offer.direct:
+        yield Finding(DIRECT_ENGINE, "ok", "can run")
+    else:
+        yield Finding(DIRECT_ENGINE, "warning", "this kernel is too old for it", "Linux 5.17 isn't; pyfuse3 serves")
     if offer.passthrough:
         yield Finding("FUSE passthrough", "ok", "offered")
     else:
-        remedy = "for reads without a detour use Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH; vzfs works without"
+        remedy = "to read without a detour use Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH; vzfs works without"
         yield Finding("FUSE passthrough", "warning", "not offered by this kernel", remedy)
 
 
@@ -166,7 +173,7 @@ def ask_kernel() -> Offer:
         raise OSError(errno.EIO, "the trial process ended without a result") from error
     if "errno" in answer:
         raise OSError(answer["errno"], f"{os.strerror(answer['errno'])} ({answer['step']})")
-    return Offer(answer["major"], answer["minor"], answer["passthrough"])
+    return Offer(answer["major"], answer["minor"], answer["direct"], answer["passthrough"])
 
 
 def decode_init(request: bytes) -> Offer:
@@ -178,7 +185,8 @@ def decode_init(request: bytes) -> Offer:
         raise ValueError(f"opcode {opcode} is not FUSE_INIT")
     body = request[FUSE_IN_HEADER.size :].ljust(FUSE_INIT_IN.size, b"\0")  # kernels before 5.17 send no flags2
     major, minor, _, flags, flags2 = FUSE_INIT_IN.unpack_from(body)
-    return Offer(major, minor, bool(flags & INIT_EXT and flags2 & PASSTHROUGH_FLAGS2))
+    direct = bool(flags & INIT_EXT)
+    return Offer(major, minor, direct, direct and bool(flags2 & PASSTHROUGH_FLAGS2))
 
 
 def _try_mount() -> dict[str, object]:
@@ -199,7 +207,7 @@ def _try_mount() -> dict[str, object]:
         offer = decode_init(os.read(device, FUSE_MINIMUM_READ + 4096))
     except OSError as error:
         return {"errno": error.errno, "step": step}
-    return {"major": offer.major, "minor": offer.minor, "passthrough": offer.passthrough}
+    return asdict(offer)
 
 
 def _check(result: int) -> None:

@@ -1,8 +1,8 @@
 """The direct engine: one mount served on /dev/fuse itself, without libfuse, at the speed of the kernel's interface.
 
 A thread that sleeps in read(2) takes a request, answers it from the index or the tree and sleeps again; on its
-client's CPU that is a plain switch (``follow``). Reads and writes don't come here at all: the kernel does them on the
-backing files that an open hands to it (``backing``).
+client's CPU that is a plain switch (``follow``). Reads and writes don't come here at all where the kernel can do them
+on the backing files that an open hands to it; else they come in large pieces, for the page cache (``openfiles``).
 
 Rules:
 - What takes long is done by a worker, which sends the answer itself; the serving thread never waits for the disk if it
@@ -69,41 +69,57 @@ WANTED = (
     | InitFlag.ALLOW_IDMAP
 )
 """What is taken of what the kernel offers."""
-NEEDED = InitFlag.INIT_EXT | InitFlag.PASSTHROUGH
-"""Without these the portable engine does as well."""
+NEEDED = InitFlag.INIT_EXT
+"""Offered by Linux 5.17 and later; older ones lack too much of what this engine is made for."""
 
 
-def negotiate(fd: int, state: State) -> None:
+def negotiate(fd: int, state: State, withheld: int = 0) -> None:
     """Answer the kernel's INIT on the new mount's device ``fd``, and note in ``state`` what was agreed upon.
 
-    Raises ``UnsupportedError`` when the kernel offers no passthrough, or this process may not use it.
+    ``withheld``: flags that are not taken, as if the kernel didn't offer them. Raises ``UnsupportedError`` when it is
+    too old.
     """
     device = Device(fd, MAX_WRITE)
     length = device.receive()
     header = wire.header(device.buffer, length)
     minor, offer, readahead = wire.offered(memoryview(device.buffer)[wire.IN_HEADER.size : length])
+    offer &= ~InitFlag(withheld)
     if offer & NEEDED != NEEDED:
-        raise UnsupportedError("this kernel offers no FUSE passthrough", remedy="Linux 6.9 does; or: --engine pyfuse3")
-    agreed = wire.Negotiated(min(minor, wire.MINOR), offer & WANTED, MAX_WRITE)
+        raise UnsupportedError("this kernel is too old for it", remedy="Linux 5.17 isn't; or: --engine pyfuse3")
+    agreed = wire.Negotiated(min(minor, wire.MINOR), _taken(offer), MAX_WRITE)
     device.send(wire.reply(header.unique, wire.init_out(agreed, readahead, max_background=64, stack_depth=STACK_DEPTH)))
-    _try_passthrough(device)
     state.words[REQUESTS + Opcode.INIT] += 1
-    state.agree(int(agreed.flags), agreed.minor, agreed.max_write)
+    flags = agreed.flags
+    if not agreed.passthrough:
+        log.info("this kernel has no FUSE passthrough: data goes through this process")
+    elif not _may_pass(device):
+        log.info("FUSE passthrough needs CAP_SYS_ADMIN on the node: data goes through this process")
+        flags &= ~InitFlag.PASSTHROUGH
+    state.agree(int(flags), agreed.minor, agreed.max_write)
 
 
-def _try_passthrough(device: Device) -> None:
-    """Raise ``UnsupportedError`` if this process may not register backing files at all."""
+def _taken(offer: InitFlag) -> InitFlag:
+    """What is taken of an offer.
+
+    Where nothing is passed through, all that changes a file goes through one page cache, which is then never out of
+    date. AUTO_INVAL_DATA would throw it away at the first stat(2) after a write, dirty pages of mappings included.
+    """
+    taken = offer & WANTED
+    return taken if taken & InitFlag.PASSTHROUGH else taken & ~InitFlag.AUTO_INVAL_DATA
+
+
+def _may_pass(device: Device) -> bool:
+    """Whether this process may register backing files at all."""
     fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
     try:
         device.close_backing(device.open_backing(fd))
     except OSError as error:
         if error.errno == errno.EPERM:
-            raise UnsupportedError(
-                "FUSE passthrough needs CAP_SYS_ADMIN", remedy="run as root of the node; or: --engine pyfuse3"
-            ) from error
+            return False
         log.debug("this program's own files can't be passed through: %s", error)
     finally:
         os.close(fd)
+    return True
 
 
 class Ended(Exception):
@@ -119,7 +135,14 @@ class Engine:
         state.note(tree.counters)
         self._device = Device(fd, state.max_write)
         self._busy_poll_us = busy_poll_us
-        self._files = OpenFiles(self._device, tree, state.words[OPEN:], state.words[OPEN_TOP : OPEN_TOP + 1])
+        self._can_resend = state.has(InitFlag.HAS_RESEND)
+        self._files = OpenFiles(
+            self._device,
+            tree,
+            state.words[OPEN:],
+            state.words[OPEN_TOP : OPEN_TOP + 1],
+            passes=state.has(InitFlag.PASSTHROUGH),
+        )
         self._follower = Follower()
         self._workers = Workers(THREADS, self._follower.leave)
         self._answer = Handlers(tree, self._files, self._words, self._later).table()
@@ -131,7 +154,15 @@ class Engine:
         self._files.changed(number)
 
     def resume(self) -> None:
-        """Take over from a predecessor: what it had registered, and what it had read and not answered."""
+        """Take over from a predecessor: what it had registered, and what it had read and not answered.
+
+        Raises ``UnsupportedError`` where the kernel can't tell the latter: who asked for it would wait for ever.
+        """
+        if not self._can_resend:
+            raise UnsupportedError(
+                "this kernel doesn't resend what a dead serving process had not answered",
+                remedy="Linux 6.9 does; unmount it, and mount it again",
+            )
         tree = self._tree
         with tree.lock:
             for at, number, count in list(self._files.inherited()):

@@ -4,7 +4,8 @@ A file is *passed through* when the kernel has its backing file registered and r
 is *served* when READ and WRITE come here, with the kernel's page cache in between. Rules:
 - One node is one or the other as long as anybody has it open; the kernel refuses to mix them, and another backing file.
 - A small file of the template is served: so it never has to be split when somebody writes to it (see
-  ``vzfs.tree.tree``), and its few pages are read once. Everything else is passed through where the kernel agrees.
+  ``vzfs.tree.tree``), and its few pages are read once. Everything else is passed through where the kernel agrees, which
+  before Linux 6.9 it never does.
 - A registration outlives its last close while it is useful, because making one costs more than all else in an open.
   When there are too many, those go first that were closed longest ago.
 - What is open stands in memory that a successor of this process maps, each opening and closing as one word together
@@ -75,10 +76,11 @@ class OpenFile:
 
 class OpenFiles:
     """The open files of one mount, in ``known`` by node number; ``slots`` is shared memory (``state.OPEN``), of which
-    ``top[0]`` tells how many slots were ever in use."""
+    ``top[0]`` tells how many slots were ever in use. Without ``passes`` everything is served."""
 
-    def __init__(self, device: Device, tree: Tree, slots: memoryview, top: memoryview) -> None:
+    def __init__(self, device: Device, tree: Tree, slots: memoryview, top: memoryview, *, passes: bool = True) -> None:
         self._device = device
+        self._passes = passes
         self._tree = tree
         self._slots = slots
         self._top = top
@@ -121,6 +123,8 @@ class OpenFiles:
 
         Raises ``OSError`` ``ENFILE`` when too many files are open in the container, most of them the client's.
         """
+        if not self._passes:
+            return self.serve(number, own=own, client=client)
         at = self._slot(client)
         try:
             backing_id = self._device.open_backing(fd)
@@ -196,7 +200,7 @@ class OpenFiles:
                 self._map(file)
         else:
             # What the page cache has of the container's own file may be older than what was passed through since.
-            keep = wire.FOPEN_KEEP_CACHE if node.served or not file.own else 0
+            keep = wire.FOPEN_KEEP_CACHE if node.served or not file.own or not self._passes else 0
             open_flags = _SERVED_FLAGS
         self._count(file, +1, request)
         handle = request & ~wire.UNIQUE_RESEND if flags & os.O_ACCMODE != os.O_RDONLY else 0

@@ -29,6 +29,7 @@ from vzfs.fuse.mount import PASSTHROUGH_ABOVE, attach, detach, source_name, unmo
 from vzfs.fuse.passage import let_pass
 from vzfs.fuse.state import DURABLE, OPEN, State
 from vzfs.fuse.table import vzfs_mount
+from vzfs.fuse.wire import InitFlag
 from vzfs.store.granted import Granted
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
@@ -60,6 +61,8 @@ class Order:
     busy_poll_us: int = 0
     passthrough_above: int = PASSTHROUGH_ABOVE
     """Bytes of a template's file above which the direct engine lets the kernel read it by itself."""
+    withheld: int = 0
+    """Bits of ``wire.InitFlag`` that the direct engine does not take, as on a kernel without them: for tests."""
     mkdir: bool = True
     """Make the mount point where it is missing."""
     userns_uid: int | None = None
@@ -149,7 +152,7 @@ def _mount(order: Order, container: Path, mountpoint: Path) -> Served:
         try:
             from vzfs.fuse.direct import negotiate
 
-            negotiate(served.fd, served.state)
+            negotiate(served.fd, served.state, order.withheld)
             return served
         except UnsupportedError as error:
             served.end()
@@ -202,7 +205,7 @@ def _run_direct(order: Order, layout: Layout, served: Served, ready: Callable[[]
     tree = _open_tree(
         order,
         layout,
-        passthrough_above=order.passthrough_above,
+        passthrough_above=order.passthrough_above if served.state.has(InitFlag.PASSTHROUGH) else None,
         resume=resumed,
         changed=changed,
         durable=served.state.words[DURABLE:OPEN],

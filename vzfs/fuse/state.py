@@ -249,6 +249,10 @@ class State:
         """Let a tree count here from now on; to be called once, before it is used."""
         counters.keep_in(self.words[TREE : TREE + COUNTERS])
 
+    def has(self, flag: InitFlag) -> bool:
+        """Whether kernel and server agreed upon ``flag``."""
+        return bool(self.words[FLAGS] & flag)
+
     @property
     def max_write(self) -> int:
         """Bytes in the largest WRITE; 0 if not agreed upon."""
