@@ -95,7 +95,7 @@ CASES = {
     "copy-up-cutting": Case([call("truncate", LARGE, 5)], COPY),
     "copy-up-link": Case([call("chown", b"etc/relative", 1000, 8)], COPY - {"copy-up:made"}),
     "copy-up-device": Case([call("chmod", b"dev/null", 0o600)], COPY - {"copy-up:made"}),
-    "copy-up-acl": Case([call("chmod", b"etc/with-acl", 0o600)], COPY),
+    "record-acl": Case([call("chmod", b"etc/with-acl", 0o600)], RECORD),
     "record": Case([call("chmod", b"etc/shadow", 0o600)], RECORD),
     "record-owner": Case([call("chown", b"bin/su", 1000, 1000)], RECORD),
     "record-times": Case([call("utime", PASSWD, 5, 6)], RECORD),
