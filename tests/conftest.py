@@ -225,6 +225,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise OSError(ctypes.get_errno(), "unshare")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out behaviours that say nothing of their target, see ``GROUPS``; say what runs in one process."""
     items[:] = [item for item in items if not _says_nothing(item)]
