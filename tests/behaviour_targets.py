@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ _LACKING = {
 # What files of the template lack: a folded directory moves as one link.
 _TEMPLATE = {"directory-ctime"}
 # What those that are passed through lack: readers keep the template's data.
-_PASSED = {*_TEMPLATE, "coherent-readers"}
+_PASSED = {*_TEMPLATE, "coherent-mappings", "coherent-readers"}
 
 
 class Target(Protocol):
@@ -65,6 +66,32 @@ class PlainTarget:
         return plant_all(self._root, behaviours)
 
     def close(self) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+class OverlayTarget:
+    """Kernel overlayfs with the seeds in its lower directory: what another copy-on-write file system does."""
+
+    name = "overlay"
+    features = FEATURES - {"coherent-mappings"}
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._root = tmp_path / "overlay"
+        self._mounted = False
+
+    def prepare(self, behaviours: Iterable[Behaviour]) -> Mapping[str, Path]:
+        lower, upper, work, top = (self._root / name for name in ("lower", "upper", "work", "top"))
+        planted = plant_all(lower, behaviours)
+        for folder in (upper, work, top):
+            folder.mkdir()
+        options = f"lowerdir={lower},upperdir={upper},workdir={work},index=on"  # or hard links break
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", top], check=True)
+        self._mounted = True
+        return {name: top / name for name in planted}
+
+    def close(self) -> None:
+        if self._mounted:
+            subprocess.run(["umount", self._root / "top"], check=True)
         shutil.rmtree(self._root, ignore_errors=True)
 
 
@@ -148,7 +175,7 @@ class MountServed(MountTemplate):
 Factory = Callable[[Path], Target]
 
 # Every target there is, by name; all run unless VZFS_BEHAVIOUR_TARGETS says otherwise.
-FACTORIES: dict[str, Factory] = {PlainTarget.name: PlainTarget} | {
+FACTORIES: dict[str, Factory] = {PlainTarget.name: PlainTarget, OverlayTarget.name: OverlayTarget} | {
     name_of(engine, target.kind): partial(target, engine)
     for engine in ENGINES
     for target in (MountFresh, MountTemplate)
@@ -162,6 +189,7 @@ _OF_OPEN_FILES = frozenset(
     {"data", "exec", "links", "locks", "openfiles", "permissions", "rename", "setid", "times", "unlinked", "xattrs"}
 )
 GROUPS = {name_of("direct", special.kind): _OF_OPEN_FILES for special in (MountPassed, MountServed)}
+GROUPS[OverlayTarget.name] = frozenset({"setid", "openfiles"})
 
 
 def chosen_targets() -> list[str]:

@@ -19,6 +19,7 @@ from .seeds import Seed
 FEATURES = frozenset(
     {
         "coherent-readers",  # who opened a file to read, before anybody opened it to write, has the same file open
+        "coherent-mappings",  # what was mapped before anybody opened the file to write shows what is written
         "directory-ctime",  # renaming a directory moves its change time
         "fallocate",  # fallocate(2), all modes that ext4 has
         "getflags",  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS

@@ -32,12 +32,12 @@ def a_follower_sees_what_is_appended(d: Place) -> None:
             assert os.read(fd, 100) == b""
 
 
-@behaviour(needs={"coherent-readers"}, seeds=[File("f", OLD * 300)])
+@behaviour(needs={"coherent-mappings"}, seeds=[File("f", OLD * 300)])
 def an_old_mapping_sees_what_is_written(d: Place) -> None:
     with opened(d / "f") as fd, mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as view:
         assert view[:4] == b"temp"
         patch(d / "f", 0, b"TEMP")
-        if d.has("coherent-readers"):
+        if d.has("coherent-mappings"):
             assert view[:4] == b"TEMP"
         with opened(d / "f") as again, mmap.mmap(again, 0, mmap.MAP_SHARED, mmap.PROT_READ) as new:
             assert new[:4] == b"TEMP"
