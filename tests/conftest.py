@@ -42,24 +42,8 @@ _NONE = 0xFFFFFFFF
 ACL = posix_acl((0x01, 6, _NONE), (0x02, 7, 1234), (0x04, 4, _NONE), (0x10, 7, _NONE), (0x20, 4, _NONE))
 
 
-MACHINE_WIDE = {
-    "test_bench_suite.py",
-    "test_bench_workloads.py",
-    "test_bench_interruption.py",
-    "test_direct.py",
-    "test_handles.py",
-    "test_stats.py",
-}
-"""Files with tests that drop the machine's caches, count requests that a dropped cache would add to, or measure."""
-EACH_ALONE = {
-    "test_crash.py",
-    "test_held.py",
-    "test_kills.py",
-    "test_full_disk.py",
-    "test_stateful.py",
-    "test_hammer.py",
-}
-"""Files whose tests share nothing and take long."""
+ALONE = {"test_direct.py", "test_handles.py", "test_stats.py"}
+"""Files with tests that drop the machine's caches, or count requests that a dropped cache would add to."""
 
 
 def make_source(top: Path) -> Path:
@@ -225,24 +209,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise OSError(ctypes.get_errno(), "unshare")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out behaviours that say nothing of their target, see ``GROUPS``; say what runs in one process."""
+    """Leave out behaviours that say nothing of their target, see ``GROUPS``; mark what must run alone."""
     items[:] = [item for item in items if not _says_nothing(item)]
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_together(item)))
-
-
-def _together(item: pytest.Item) -> str:
-    """Tests of one group run one after the other: those that look at what the whole machine caches, and those that
-    share what is dear to make."""
-    file = Path(item.fspath).name
-    if file in MACHINE_WIDE:
-        return "machine"
-    call = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    if file in EACH_ALONE:
-        return item.nodeid
-    return f"{file}-{call.get('prepared', '')}"
+        if Path(item.fspath).name in ALONE:
+            item.add_marker(pytest.mark.alone)
 
 
 def _says_nothing(item: pytest.Item) -> bool:

@@ -176,7 +176,7 @@ class Rig:
         template = (self.store.templates() or [self.store.create_template("bench", str(self.tree))])[0]
         container = self.store.create(len(self.store.containers()) + 1, template=template.name)
         self.stack.callback(container.destroy)
-        mounted = self.stack.enter_context(container.mounted(root, engine="pyfuse3"))
+        mounted = self.stack.enter_context(container.mounted(root, engine="pyfuse3", mkdir=True))
         pid = container.status().pid
         assert pid
         return mounted, template.path, (pid,), (container.path,)

@@ -75,6 +75,7 @@ in_header 40: u32 len, u32 opcode, u64 unique, u64 nodeid, u32 uid, u32 gid, u32
 out_header 16: u32 len, s32 error, u64 unique
 dirent 24: u64 ino, u64 off, u32 namelen, u32 type
 backing_map 16: s32 fd, u32 flags, u64 padding
+notify_inval_inode_out 24: u64 ino, s64 off, s64 len
 lseek_in 24: u64 fh, u64 offset, u32 whence, u32 padding
 lseek_out 8: u64 offset
 copy_file_range_in 56: u64 fh_in, u64 off_in, u64 nodeid_out, u64 fh_out, u64 off_out, u64 len, u64 flags

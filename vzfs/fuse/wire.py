@@ -204,7 +204,7 @@ LSEEK_IN = struct.Struct("<QQII")
 LSEEK_OUT = struct.Struct("<Q")
 COPY_FILE_RANGE_IN = struct.Struct("<7Q")
 COPY_FILE_RANGE_OUT = struct.Struct("<Q")
-INVAL_INODE = struct.Struct("<Qqq")  # fuse_notify_inval_inode_out
+NOTIFY_INVAL_INODE_OUT = struct.Struct("<Qqq")
 BACKING_MAP = struct.Struct("<iIQ")
 
 _INIT_IN_OLD = 16
@@ -324,7 +324,9 @@ def notification(code: int) -> bytes:
 
 def attributes_changed(number: int) -> bytes:
     """A message that what the kernel knows of the node's attributes, ACLs among them, is not true any more."""
-    return OUT_HEADER.pack(OUT_HEADER.size + INVAL_INODE.size, NOTIFY_INVAL_INODE, 0) + INVAL_INODE.pack(number, -1, 0)
+    return OUT_HEADER.pack(
+        OUT_HEADER.size + NOTIFY_INVAL_INODE_OUT.size, NOTIFY_INVAL_INODE, 0
+    ) + NOTIFY_INVAL_INODE_OUT.pack(number, -1, 0)
 
 
 def attr(one: Attributes) -> tuple[int, ...]:
