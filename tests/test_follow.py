@@ -261,5 +261,5 @@ def test_a_polling_mount_ends_like_another(container: EngineContainer) -> None:
     assert time.monotonic() - started < 10
     container.mount(busy_poll_us=1000)
     os.kill(server(container), signal.SIGTERM)
-    wait_for(lambda: not container.status().mounted)
+    wait_for(lambda: container.status().state == "stopped")
     assert container.check() == []
