@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -314,6 +315,39 @@ def test_threads_copy_each_file_once(container: Container, fs: TreeFs, copies: C
     assert copies == {template.lstat(path).ino: 1 for path in paths}
     for path in paths:
         assert read_all(fs, path)[:8] == b"01234567"
+    assert staged(container) == []
+
+
+def test_creating_what_another_is_copying_waits_for_the_copy_alone(
+    container: Container, fs: TreeFs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """O_CREAT without O_EXCL of a present name opens it, and needs what the copying one needs to finish."""
+    copying = threading.Event()
+    real = calls.copy_data
+
+    def copy_data(source: int, target: int, size: int) -> None:
+        copying.set()
+        time.sleep(0.2)  # the others are in ``create`` meanwhile
+        real(source, target, size)
+
+    monkeypatch.setattr(calls, "copy_data", copy_data)
+    opened: list[tuple[int, int]] = []
+
+    def work(number: int) -> None:
+        if number == 0:
+            handle = fs.tree.open(find(fs.tree, b"etc/passwd"), os.O_RDWR)
+        else:
+            parent = find(fs.tree, b"etc")
+            assert copying.wait(PATIENCE_S)
+            handle, entry = fs.tree.create(parent, b"passwd", 0o600, os.O_RDWR | os.O_CREAT, Caller(0, 0))
+            assert entry.number == handle.node.number
+        info = os.fstat(handle.fd)
+        opened.append((info.st_dev, info.st_ino))
+        fs.tree.release(handle.number)
+
+    together(4, work)
+    assert len(opened) == 4
+    assert len(set(opened)) == 1
     assert staged(container) == []
 
 
