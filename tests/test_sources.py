@@ -25,7 +25,7 @@ import pytest
 from vzfs import linux as calls
 from vzfs.errors import FullError, SourceError, UnsupportedError, UsageError
 from vzfs.store.acl import is_minimal
-from vzfs.store.sources import SourceOptions, acl, directory, populate
+from vzfs.store.sources import SourceOptions, acl, populate
 
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # VFS_CAP_REVISION_2, effective, cap_net_raw
 NANO = 1_600_000_000_123_456_789
@@ -353,7 +353,7 @@ def test_file_that_changes_meanwhile_refused(
     victim.write_bytes(b"x" * 200_000)
     real = calls.copy_data
 
-    def meanwhile(src_fd: int, dst_fd: int, size: int) -> None:
+    def meanwhile(src_fd: int, dst_fd: int, size: int) -> bool:
         with open(victim, "r+b") as file:
             if change == "shrinks":
                 file.truncate(10)
@@ -361,9 +361,9 @@ def test_file_that_changes_meanwhile_refused(
                 file.seek(0, os.SEEK_END if change == "grows" else os.SEEK_SET)
                 file.write(b"more")
         os.utime(victim)
-        real(src_fd, dst_fd, size)
+        return real(src_fd, dst_fd, size)
 
-    monkeypatch.setattr(directory.sys, "copy_data", meanwhile)
+    monkeypatch.setattr(calls, "copy_data", meanwhile)
     with pytest.raises(SourceError, match=r"'sub/log': it changed while it was copied"):
         populate(str(source), target)
 
@@ -700,10 +700,10 @@ def test_reading_error_names_the_entry(
     source.mkdir()
     (source / "bad\nsector").write_bytes(b"x")
 
-    def fails(src_fd: int, dst_fd: int, size: int) -> None:
+    def fails(src_fd: int, dst_fd: int, size: int) -> bool:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(directory.sys, "copy_data", fails)
+    monkeypatch.setattr(calls, "copy_data", fails)
     with pytest.raises(SourceError, match=r"'bad\\nsector': Input/output error"):
         populate(str(source), target)
 

@@ -285,9 +285,9 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     counted: Counter[int] = Counter()
     real = calls.copy_data
 
-    def copy_data(source: int, target: int, size: int) -> None:
+    def copy_data(source: int, target: int, size: int) -> bool:
         counted[os.fstat(source).st_ino] += 1
-        real(source, target, size)
+        return real(source, target, size)
 
     monkeypatch.setattr(calls, "copy_data", copy_data)
     return counted
@@ -325,10 +325,10 @@ def test_creating_what_another_is_copying_waits_for_the_copy_alone(
     copying = threading.Event()
     real = calls.copy_data
 
-    def copy_data(source: int, target: int, size: int) -> None:
+    def copy_data(source: int, target: int, size: int) -> bool:
         copying.set()
         time.sleep(0.2)  # the others are in ``create`` meanwhile
-        real(source, target, size)
+        return real(source, target, size)
 
     monkeypatch.setattr(calls, "copy_data", copy_data)
     opened: list[tuple[int, int]] = []
@@ -394,11 +394,11 @@ def test_copying_a_large_file_delays_nobody(fs: TreeFs, monkeypatch: pytest.Monk
     begun, go_on = threading.Event(), threading.Event()
     late: list[bool] = []
 
-    def copy_data(source: int, target: int, size: int) -> None:
+    def copy_data(source: int, target: int, size: int) -> bool:
         if size >= LARGE_SIZE:
             begun.set()
             late.append(not go_on.wait(PATIENCE_S))
-        real(source, target, size)
+        return real(source, target, size)
 
     monkeypatch.setattr(calls, "copy_data", copy_data)
     number = find(fs.tree, b"lib/large")
@@ -431,10 +431,11 @@ def test_file_moved_and_removed_while_it_is_copied(
     real = calls.copy_data
     changes: list[Callable[[], None]] = []
 
-    def copy_data(source: int, target: int, size: int) -> None:
-        real(source, target, size)
+    def copy_data(source: int, target: int, size: int) -> bool:
+        written = real(source, target, size)
         while changes:
             changes.pop(0)()
+        return written
 
     monkeypatch.setattr(calls, "copy_data", copy_data)
     changes[:] = [lambda: fs.rename(b"etc", b"tmp/etc"), lambda: fs.rename(b"tmp/etc/passwd", b"var/passwd")]
