@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -255,10 +256,14 @@ def test_a_link_to_a_template_that_conf_does_not_name_is_not_served(
     container = with_app(small_store, tmp_path)
     change_conf(container, TEMPLATES=SMALL)
     with container.mounted(engine=engine) as root:
-        for path in ("run", "folder", "run", "folder/file"):
+        for path in ("run", "folder", "run"):
+            shown = os.lstat(root / path)
+            assert (shown.st_mode, shown.st_size) == (stat.S_IFREG, 0), "as any damaged link"
             with pytest.raises(OSError) as failure:
-                os.stat(root / path)
+                (root / path).read_bytes()
             assert failure.value.errno == errno.EIO
+        with pytest.raises(NotADirectoryError):
+            os.stat(root / "folder/file")
         assert (root / "etc/passwd").read_text().startswith("root")
     told = [line for line in (container.path / "vzfs.log").read_text().splitlines() if "not served" in line]
     assert len(told) == 1
