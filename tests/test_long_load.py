@@ -468,6 +468,7 @@ def files_in_use() -> int:
     return int(Path("/proc/sys/fs/file-nr").read_text().split()[0])
 
 
+@pytest.mark.alone  # it counts the open files of the whole machine
 def test_files_opened_over_time_leave_nothing(rig: Rig) -> None:
     source = small_tree(rig.place / "source-small")
     for number in range(FILES):
