@@ -41,6 +41,7 @@ from tests.realuse_helpers import (
 )
 from vzfs import Container
 from vzfs import linux as calls
+from vzfs.fuse.log import BURST
 
 
 def serving(container: Container) -> bool:
@@ -453,6 +454,21 @@ GARBAGE += [
     b"xattrs=own xattrs=own",
 ]
 GARBAGE += [b"99999999999999999999", b"-5", b"uid=4294967296", b"atime=99999999999999999999.000000000", b"mode=7777777"]
+
+
+def test_running_into_damage_forever_does_not_fill_the_log(rig: Rig) -> None:
+    rig.log_may_have += ["magic link", "there is no template 'absent'"]
+    container = rig.container()
+    os.symlink("//vz/template/absent/x", container.path / "private/bad")
+    root = container.mount()
+    for _ in range(20 * BURST):
+        with pytest.raises(OSError):
+            os.open(root / "bad", os.O_RDONLY)
+    container.umount()
+    lines = (container.path / "vzfs.log").read_text().splitlines()
+    assert BURST <= len(lines) <= 2 * BURST
+    assert "complaints before this are left out" in lines[-1]
+    assert "unmounted" in lines[-1], "what vzfs does is told at any rate"
 
 
 def test_forged_attributes_of_the_store_give_errors_at_most(rig: Rig) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import logging
-import logging.handlers
 import os
 import resource
 import signal
@@ -20,11 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 from vzfs import linux
 from vzfs.errors import DamagedError, FullError, UnsupportedError, UsageError, VzfsError
 from vzfs.fuse.cgroup import leave_cgroup
+from vzfs.fuse.log import set_up_log
 from vzfs.fuse.mount import PASSTHROUGH_ABOVE, attach, detach, source_name, unmount_dead
 from vzfs.fuse.passage import let_pass
 from vzfs.fuse.state import DURABLE, OPEN, State
@@ -33,7 +32,6 @@ from vzfs.fuse.wire import InitFlag
 from vzfs.store.granted import Granted
 from vzfs.store.layout import CONF, OWN_FOLDER_MODE, Layout
 from vzfs.store.lock import Holder, Lock
-from vzfs.store.ownfile import open_own
 from vzfs.store.users import remember_user
 from vzfs.tree.area import Sync
 from vzfs.tree.durable import Words
@@ -43,8 +41,6 @@ log = logging.getLogger(__name__)
 
 DEEP = 100_000
 """Frames of Python that a walk through a hostile container's directories may take; they are no C stack."""
-JOURNAL_SOCKET = "/dev/log"
-_NOBODY_WAITS = f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +105,7 @@ def serve(order: Order, report_fd: int = -1) -> None:
     with contextlib.ExitStack() as ending:
         lock = Lock.acquire(container, holder) if order.lock < 0 else Lock(order.lock)
         ending.callback(lock.release)
-        _set_up_log(order)
+        set_up_log(order.log, order.container)
         resumed = order.device >= 0
         made: list[Path] = []  # until the root is usable
         if not resumed:
@@ -238,46 +234,6 @@ def _run_portable(order: Order, layout: Layout, served: Served, ready: Callable[
         serve_mount(tree, served.state, os.dup(served.fd), ready, served.end)  # libfuse closes what it serves
     finally:
         tree.close()
-
-
-def _set_up_log(order: Order) -> None:
-    handler: logging.Handler
-    if order.log == "-":
-        handler = logging.StreamHandler()
-    elif order.log == "journal":
-        if not os.path.exists(JOURNAL_SOCKET):
-            raise UnsupportedError(
-                f"no journal or syslog listens at {JOURNAL_SOCKET}", remedy="choose a file: --log FILE"
-            )
-        handler = logging.handlers.SysLogHandler(JOURNAL_SOCKET)
-    else:
-        try:
-            handler = logging.StreamHandler(_open_log(order))
-        except OSError as error:
-            raise UsageError(
-                f"can't write the log {order.log}: {error.strerror}", remedy="choose another with --log"
-            ) from error
-    stamp = "" if order.log == "journal" else "%(asctime)s "
-    handler.setFormatter(logging.Formatter(f"{stamp}vzfs[%(process)d] {order.container}: %(levelname)s %(message)s"))
-    handler.addFilter(_is_news)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-
-
-def _open_log(order: Order) -> TextIO:
-    """The log, to be appended to: in the container a file or nothing, elsewhere whatever the caller chose, too."""
-    path, flags = Path(order.log), os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    if path.parent == Path(order.container):
-        fd = open_own(path, flags, mode=0o644)
-    else:
-        # A FIFO that nobody reads is refused rather than waited for.
-        fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
-    return open(fd, "a", encoding="utf-8", errors="backslashreplace")
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for what pyfuse3 logs as an error when nobody waits for an answer any more: the program was killed, or the
-    kernel asked to release a file and ended the mount."""
-    return not (record.name == "pyfuse3" and record.getMessage().endswith(_NOBODY_WAITS))
 
 
 def _set_up_process() -> None:
