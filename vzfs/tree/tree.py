@@ -121,7 +121,7 @@ class Tree:
         table = self._table = Table(area, pins, templates, changed)
         lookup = self._lookup = Lookup(area, pins, templates, table)
         attributes = self._attributes = AttributeReader(area, templates, table, lookup)
-        stage = Stage(area, templates, table)
+        stage = Stage(area, templates, table, lookup)
         records = Records(area, lookup, table, attributes, stage)
         groups = Groups(area, templates, table, lookup, attributes, records)
         protocol = Protocol(area, lock, sync, table, lookup, stage)

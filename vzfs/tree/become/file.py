@@ -25,7 +25,6 @@ from vzfs.tree.become.directory import Directories
 from vzfs.tree.become.protocol import Protocol
 from vzfs.tree.become.speed import NOTHING_IS_QUICK, Speed
 from vzfs.tree.become.stage import Stage
-from vzfs.tree.become.times import unchanged_times
 from vzfs.tree.counters import Counters
 from vzfs.tree.lookup import Lookup
 from vzfs.tree.node import Kind, Node
@@ -200,18 +199,12 @@ class Copies:
 
     def _place(self, node: Node, staged: bytes, nlink: int) -> None:
         """Put the finished copy in the place of what stood for the node."""
-        stage = self._area.stage_fd
         if node.dead:
             orphan = b"%d" % node.number
-            os.rename(staged, orphan, src_dir_fd=stage, dst_dir_fd=self._area.orphans_fd)
+            os.rename(staged, orphan, src_dir_fd=self._area.stage_fd, dst_dir_fd=self._area.orphans_fd)
             node.orphan = orphan
-        elif node.group:
-            self._stage.place_in_group(node, staged, nlink)
         else:
-            folder, name = self._lookup.location(node)
-            with unchanged_times(folder):
-                os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
-                step("copy-up:renamed")
+            self._stage.place(node, staged, nlink, "copy-up:renamed")
 
     def _for_handles(self, node: Node, staged: bytes, cleaning: contextlib.ExitStack) -> list[int]:
         """Descriptors of the copy: who has the file open already shall see it, as on any other file system."""

@@ -18,7 +18,6 @@ from vzfs.store.xattrs import ATTR_XATTR, XATTR_PREFIX
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.attributes import AttributeReader
 from vzfs.tree.become.stage import Stage
-from vzfs.tree.become.times import unchanged_times
 from vzfs.tree.lookup import Lookup
 from vzfs.tree.node import Kind, Node
 from vzfs.tree.table import Table
@@ -69,13 +68,7 @@ class Records:
             for xattr, value in (xattrs or {}).items():
                 os.setxattr(path, XATTR_PREFIX + xattr, value, follow_symlinks=False)
             step("record:staged")
-            if node.group:
-                self._stage.place_in_group(node, staged, nlink)
-            else:
-                folder, name = self._lookup.location(node)
-                with unchanged_times(folder):
-                    os.rename(staged, name, src_dir_fd=stage, dst_dir_fd=folder)
-                    step("record:renamed")
+            self._stage.place(node, staged, nlink, "record:renamed")
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(staged, dir_fd=stage)

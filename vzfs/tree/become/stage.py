@@ -15,6 +15,8 @@ from vzfs.store.layout import OWN_FOLDER_MODE
 from vzfs.store.xattrs import NLINK_XATTR
 from vzfs.tree.area import PrivateArea
 from vzfs.tree.become.effort import best_effort
+from vzfs.tree.become.times import unchanged_times
+from vzfs.tree.lookup import Lookup
 from vzfs.tree.node import Node, private_number
 from vzfs.tree.table import Table
 from vzfs.tree.templates import TemplatesInUse
@@ -25,10 +27,11 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 class Stage:
     """Of one mount."""
 
-    def __init__(self, area: PrivateArea, templates: TemplatesInUse, table: Table) -> None:
+    def __init__(self, area: PrivateArea, templates: TemplatesInUse, table: Table, lookup: Lookup) -> None:
         self._area = area
         self._templates = templates
         self._table = table
+        self._lookup = lookup
 
     @contextlib.contextmanager
     def folder_like(self, folder: int) -> Iterator[int]:
@@ -65,7 +68,17 @@ class Stage:
         """Remove what was staged in vain."""
         linux.remove_tree(self._area.stage_fd, staged)
 
-    def place_in_group(self, node: Node, staged: bytes, nlink: int) -> None:
+    def place(self, node: Node, staged: bytes, nlink: int, placed: str) -> None:
+        """Put the finished object in the place of what stood for the node; ``placed`` is the step that this is."""
+        if node.group:
+            self._place_in_group(node, staged, nlink)
+            return
+        folder, name = self._lookup.location(node)
+        with unchanged_times(folder):
+            os.rename(staged, name, src_dir_fd=self._area.stage_fd, dst_dir_fd=folder)
+            step(placed)
+
+    def _place_in_group(self, node: Node, staged: bytes, nlink: int) -> None:
         """Make the staged object the record of the node's link group: all its names change at once."""
         assert node.template is not None
         stage = self._area.stage_fd
