@@ -72,11 +72,6 @@ MAX_BUSY_POLL_US = 10_000
 """Polling for longer than this would be nothing but a lost CPU."""
 
 
-STATES = ("stopped", "mounting", "mounted", "not answering", "detached", "in use")
-"""What a container may be doing. ``not answering``: mounted, its server is stopped or hangs. ``detached``: unmounted
-and served on until the last program that uses it ends. ``in use``: being checked or destroyed."""
-
-
 class Store:
     """The templates and containers below one root directory, ``$VZFS_ROOT`` or ``/vz`` if not given."""
 

@@ -17,6 +17,10 @@ from vzfs.store.lock import Holder
 if TYPE_CHECKING:
     from vzfs.fuse.state import Agreed, State
 
+STATES = ("stopped", "mounting", "mounted", "not answering", "detached", "in use")
+"""What a container may be doing. ``not answering``: mounted, its server is stopped or hangs. ``detached``: unmounted
+and served on until the last program that uses it ends. ``in use``: being checked or destroyed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Status:

@@ -218,30 +218,25 @@ class Handlers:
         return self.entry_out(make(*arguments))
 
     def _create(self, node: int, body: memoryview, header: RawHeader) -> Answer:
-        flags, mode, umask, _ = wire.fields(wire.CREATE_IN, body)
         name = wire.name(body[wire.CREATE_IN.size :])
-        caller = _caller(header, umask)
-        opening = (mode & _MODE, flags & _FLAGS, caller, header[UNIQUE], header[PID])
-        return self._changing(header, node, self._create_and_open, node, name, *opening)
-
-    def _create_and_open(
-        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller, request: int, client: int
-    ) -> bytes:
-        handle, entry = self._tree.create(parent, name, mode, flags, caller)
-        return self._opened(handle, entry, flags, request, client)
+        return self._making_open(node, body, header, self._tree.create, name)
 
     def _tmpfile(self, node: int, body: memoryview, header: RawHeader) -> Answer:
+        return self._making_open(node, body, header, self._tree.tmpfile)
+
+    def _making_open(
+        self, node: int, body: memoryview, header: RawHeader, make: Callable[..., tuple[Handle, Entry]], *name: bytes
+    ) -> Answer:
         flags, mode, umask, _ = wire.fields(wire.CREATE_IN, body)
-        caller = _caller(header, umask)
-        opening = (mode & _MODE, flags & _FLAGS, caller, header[UNIQUE], header[PID])
-        return self._changing(header, node, self._make_nameless, node, *opening)
+        flags &= _FLAGS
+        arguments = (node, *name, mode & _MODE, flags, _caller(header, umask))
+        return self._changing(header, node, self._made_open, flags, header[UNIQUE], header[PID], make, *arguments)
 
-    def _make_nameless(self, parent: int, mode: int, flags: int, caller: Caller, request: int, client: int) -> bytes:
-        handle, entry = self._tree.tmpfile(parent, mode, flags, caller)
-        return self._opened(handle, entry, flags, request, client)
-
-    def _opened(self, handle: Handle, entry: Entry, flags: int, request: int, client: int) -> bytes:
-        """The answer to who just made and opened, or opened, the container's own file ``entry``."""
+    def _made_open(
+        self, flags: int, request: int, client: int, make: Callable[..., tuple[Handle, Entry]], *arguments: object
+    ) -> bytes:
+        """The answer to who makes and opens, or opens, the container's own file."""
+        handle, entry = make(*arguments)
         try:
             with self._tree.lock:
                 number = entry.number

@@ -54,7 +54,7 @@ class OpenFile:
     may write to it through a mapping, of which the kernel tells nobody.
     """
 
-    __slots__ = ("at", "backing_id", "failures", "mapped", "node", "number", "own", "stale", "told", "user")
+    __slots__ = ("at", "backing_id", "failure", "failures", "mapped", "node", "number", "own", "stale", "told", "user")
 
     def __init__(self, node: Node, backing_id: int, at: int, *, own: bool) -> None:
         self.node = node
@@ -65,7 +65,8 @@ class OpenFile:
         self.stale = node.dead
         self.mapped = False
         self.user = _NOBODY
-        self.failures: list[int] = []  # errno of each flush that failed
+        self.failures = 0  # how many flushes failed
+        self.failure = 0  # errno of the last
         self.told: dict[int, int] = {}  # how many of them an opening, by its handle, was told of or didn't live to see
 
     @property
@@ -178,6 +179,8 @@ class OpenFiles:
         del self.known[file.number]
         self._idle.pop(file.number, None)
         self._users[file.user] -= 1
+        if not self._users[file.user]:
+            del self._users[file.user]  # a container has as many users as it likes
         self._slots[file.at] = 0
         self._free.append(file.at)
         if file.backing_id:
@@ -205,7 +208,7 @@ class OpenFiles:
         self._count(file, +1, request)
         handle = request & ~wire.UNIQUE_RESEND if flags & os.O_ACCMODE != os.O_RDONLY else 0
         if handle and file.failures:
-            file.told[handle] = len(file.failures)
+            file.told[handle] = file.failures
         return wire.OPEN_OUT.pack(handle, open_flags | keep, file.backing_id)
 
     def _map(self, file: OpenFile) -> None:
@@ -285,13 +288,14 @@ class OpenFiles:
         The file system below tells an error to one descriptor; here each opening of before is told of it once.
         """
         file = self.known.get(number)
-        if file is not None and len(file.failures) > file.told.get(handle, 0):
-            file.told[handle] = len(file.failures)
-            raise OSError(file.failures[-1], "what was written did not reach the disk")
+        if file is not None and file.failures > file.told.get(handle, 0):
+            file.told[handle] = file.failures
+            raise OSError(file.failure, "what was written did not reach the disk")
 
     def failed(self, number: int, handle: int, error: OSError) -> None:
         """Take note that a flush of the node failed, of which ``handle`` is told by ``error`` itself."""
         file = self.known.get(number)
         if file is not None and error.errno is not None:
-            file.failures.append(error.errno)
-            file.told[handle] = len(file.failures)
+            file.failures += 1
+            file.failure = error.errno
+            file.told[handle] = file.failures
