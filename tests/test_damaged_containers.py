@@ -384,6 +384,22 @@ def test_conf_is_bounded_and_never_followed(tmp_path: Path) -> None:
         Conf.load(tmp_path / "link")
 
 
+def test_a_conf_with_more_templates_than_can_be_looked_for(room: Room) -> None:
+    container = room.store.container(6).path
+    conf = container / "conf"
+    conf.write_text(f'OSTEMPLATE="{SMALL}"\nTEMPLATES="{" ".join(f"n{number:x}" for number in range(140_000))}"\n')
+    row = next(line for line in run(room, "list").output.splitlines() if line.startswith(BAD))
+    assert "damaged: its conf names 140001 templates" in row
+    for words in (["diff", BAD], ["check", BAD], ["check", BAD, "--repair"], ["mount", BAD]):
+        outcome = run(room, *words)
+        assert outcome.code in (1, 9)
+        assert "names 140001 templates, more than the 1000" in outcome.text
+    assert run(room, "template", "list").code == 0
+    assert run(room, "template", "remove", SMALL).code == 5, "what its private area is of counts"
+    assert_good_is_usable(room)
+    assert run(room, "destroy", BAD, "--yes").code == 0
+
+
 def test_a_container_without_conf_is_seen_and_destroyed(room: Room) -> None:
     path = room.store.container(6).path
     (path / "conf").unlink()

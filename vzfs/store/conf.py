@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from vzfs.errors import UsageError
-from vzfs.store.ownfile import read_own
+from vzfs.store.ownfile import damaged, read_own
 
 OSTEMPLATE = "OSTEMPLATE"
 TEMPLATES = "TEMPLATES"
@@ -26,6 +26,8 @@ USERNS_UID = "USERNS_UID"
 NEW_MODE = 0o644
 SIZE_MAX = 1 << 20
 """Bytes of a conf: a thousand times what one has."""
+TEMPLATES_MAX = 1000
+"""Templates of a container; one has one, or a few."""
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*?)\s*")
@@ -42,15 +44,23 @@ class Conf:
     @staticmethod
     def load(path: Path) -> Conf:
         """Read the file at ``path``; raises ``DamagedError`` when it can't be one, ``FileNotFoundError``."""
-        return Conf(path, read_own(path, SIZE_MAX).decode("utf-8", "surrogateescape"))
+        conf = Conf(path, read_own(path, SIZE_MAX).decode("utf-8", "surrogateescape"))
+        conf.templates()  # so that all commands say what is wrong with it, and none is kept busy
+        return conf
 
     def get(self, key: str, default: str = "") -> str:
         """Value of ``key``, the last line that sets it winning."""
         return self.as_dict().get(key, default)
 
     def templates(self) -> list[str]:
-        """Names of the templates that the container may use, each once, that of its root first (``""``: not said)."""
-        return list(dict.fromkeys([self.get(OSTEMPLATE), *self.get(TEMPLATES).split()]))
+        """Names of the templates that the container may use, each once, that of its root first (``""``: not said).
+
+        Raises ``DamagedError`` for more than ``TEMPLATES_MAX``: each one is looked for.
+        """
+        names = list(dict.fromkeys([self.get(OSTEMPLATE), *self.get(TEMPLATES).split()]))
+        if len(names) > TEMPLATES_MAX:
+            raise damaged(self.path, f"names {len(names)} templates, more than the {TEMPLATES_MAX} that it can")
+        return names
 
     def digests(self) -> dict[str, str]:
         """The digests that the templates must have, by name, as far as they are said."""

@@ -102,14 +102,13 @@ def _displace(ground: Ground, name: str) -> Mend | None:
 def check_conf(ground: Ground, report: Report) -> list[str]:
     """The templates that conf names are in the store. Gives their names, the container's own first."""
     try:
-        conf = Conf.load(ground.path / CONF)
+        names = Conf.load(ground.path / CONF).templates()
     except FileNotFoundError:
         report(CONF, "template", "the file is missing", None)
         return []
     except DamagedError as error:
         report(CONF, "template", error.message, None)
         return []
-    names = conf.templates()
     if not names[0]:
         report(CONF, "template", f"no line {OSTEMPLATE}=NAME", None)
         return []
